@@ -72,8 +72,8 @@ class Task:
                              [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
                              [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])  # camera -> world
         focal = 0.5 / np.tan(np.deg2rad(45) / 2)  # in image heights
-        # MuJoCo cameras look along -z with y up; orient() mirrors the columns of the upright picture, hence +focal for x
-        intrinsics = np.array([[focal, 0, -0.5], [0, -focal, -0.5], [0, 0, -1]])
+        # MuJoCo cameras look along -z with y up; orient() mirrors the columns of the upright picture, hence the minus for x
+        intrinsics = np.array([[-focal, 0, -0.5], [0, -focal, -0.5], [0, 0, -1]])
         return intrinsics @ np.concatenate([rotation.T, -rotation.T @ position[:, None]], 1)
 
 
@@ -131,6 +131,7 @@ class Episode:
     task: str                # LIBERO's task name
     source: str              # "expert" or "explore"
     index: int = 0           # demo id, or number of the exploration episode
+    camera: np.ndarray = None  # (3, 4) `Task.camera`, filled in by `load_episodes`
 
     @property
     def held_out(self):
@@ -251,7 +252,7 @@ def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=
         if not root.exists():
             raise UserError(f"{root} not found; --demos takes a directory with LIBERO HDF5 files, or data/ for the shipped demonstrations")
         if "expert" in kinds and (root / "libero_demos.npz").exists():
-            render_demos(root, tasks, image_size or 128)
+            render_demos(root, tasks, image_size or 128, demos_per_task)
         for path in [root] if root.is_file() else sorted(root.rglob("*.hdf5")):
             if path.name.startswith("."):  # another process is writing it
                 continue
@@ -267,11 +268,16 @@ def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=
         if kind == "expert" and not items:
             raise UserError(f"no demonstrations of {by_task[name].suite}:{by_task[name].index} ({name}) below {', '.join(map(str, roots))}; expected {name}_demo.hdf5")
         if kind == "expert":
-            items = [items[i] for i in sorted(set(np.linspace(0, len(items) - 1, min(demos_per_task, len(items)), dtype=int)))]
-        episodes += [episode for path, i in items for episode in read_libero_hdf5(path, [i])]
+            items = [items[i] for i in spread(len(items), demos_per_task)]
+        episodes += [dataclasses.replace(e, camera=by_task[name].camera) for path, i in items for e in read_libero_hdf5(path, [i])]
     if "explore" in kinds and not any(e.source == "explore" for e in episodes):
         raise UserError(f"no exploration episodes below {', '.join(map(str, roots))}; run: python evaluate.py --explore (or use --kinds expert)")
     return episodes
+
+
+def spread(n, size):
+    """`size` of n demonstrations, evenly: np.linspace(0, n-1, size), as RIPT-VLA picks them."""
+    return sorted(set(np.linspace(0, n - 1, min(size, n), dtype=int).tolist()))
 
 
 def data_matches(path, size, image_size, root):
@@ -285,15 +291,16 @@ def data_matches(path, size, image_size, root):
 
 # ---- the shipped demonstrations ------------------------------------------------------------------------------------------
 
-def render_demos(root, tasks, image_size, workers=2):
+def render_demos(root, tasks, image_size, demos_per_task, workers=2):
     """Render `libero_demos.npz` (states and actions) of `tasks` to `root/rendered/<size>/<suite>/<task>/demo_<i>.hdf5`; resumable."""
     shipped = np.load(Path(root) / "libero_demos.npz")
     jobs = []
     for task in tasks:
         key, folder = f"{task.suite}_{task.index}", Path(root) / "rendered" / str(image_size) / task.suite / task.name
-        missing = [i for i in range(int(shipped.get(f"{key}/num_demos", 0))) if not (folder / f"demo_{i}.hdf5").exists()]
-        if missing:
-            jobs.append((str(root), task, missing, image_size, sum(len(shipped[f"{key}/actions_{i}"]) + 1 for i in missing)))
+        available = int(shipped.get(f"{key}/num_demos", 0))
+        missing = [i for i in spread(available, demos_per_task) if not (folder / f"demo_{i}.hdf5").exists()]
+        for part in filter(None, (missing[::2], missing[1::2])):  # two jobs a task, so that two workers end together
+            jobs.append((str(root), task, part, image_size, sum(len(shipped[f"{key}/actions_{i}"]) + 1 for i in part)))
     if not jobs:
         return
     total = sum(job[-1] for job in jobs)
@@ -346,6 +353,7 @@ class LiberoEnv:
                             "run: apt-get install libegl1 libegl-mesa0 libgl1, or set MUJOCO_GL=osmesa after apt-get install libosmesa6") from None
         self.task, self.image_size, self.init_states = task, image_size, suite.get_task_init_states(task.index)
         self.env.env._observables = {}  # robosuite's observables cost a quarter of a step and nobody here reads them
+        self.env.env.visualize({name: False for name in self.env._visualizations})  # no green laser out of the gripper
         self.sim = self.env.sim
         robot = self.env.robots[0]
         self._site, self._body = robot.eef_site_id, self.sim.model.body_name2id(robot.robot_model.eef_name)
@@ -392,6 +400,7 @@ class LiberoEnv:
     def set_state(self, state):
         self.env.set_state(np.asarray(state, np.float64))
         self.sim.forward()
+        self.env._post_process()  # what follows from the state but is not in it: a stove that is on glows
 
     def close(self):
         self.env.close()
@@ -426,11 +435,15 @@ def git_commit() -> str:
     return (git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")) or "unknown"
 
 
+def plain(config) -> dict:
+    """A Config as a dict that survives `weights_only`: tuples become lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+
+
 def save_checkpoint(path, kind, config, model, **extra):
     """`{kind, config, model, versions, **extra}`: tensors and plain values only, written aside and renamed."""
-    config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     with atomic(path) as part:
-        torch.save(dict(kind=kind, config=config, model=model.state_dict(), versions=versions(), **extra), part)
+        torch.save(dict(kind=kind, config=plain(config), model=model.state_dict(), versions=versions(), **extra), part)
 
 
 MADE_BY = {"policy_sft": "python policy.py", "policy_rl": "python ppo_loop.py", "world_sim": "python world_sim.py --demos data/", "reflector": "python reflector.py --demos data/"}
@@ -456,17 +469,16 @@ def from_config(cls, saved: dict):
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
-def resume(path, kind, config, device="cpu"):
+def resume(path, kind, config, device="cpu", key="config", ignore=("run",)):
     """(checkpoint or None, finished): where training of this stage stands. A file made with other flags is never overwritten."""
     if not Path(path).exists():
         return None, False
-    checkpoint = load_checkpoint(path, kind, device)
-    saved = from_config(type(config), checkpoint["config"])
-    differ = [f.name for f in dataclasses.fields(config) if getattr(saved, f.name) != getattr(config, f.name)]
+    checkpoint, asked = load_checkpoint(path, kind, device), plain(config)
+    differ = [name for name in asked if name not in ignore and checkpoint[key].get(name) != asked[name]]
     if differ:
-        raise UserError(f"{path} was made with {', '.join(f'{n}={getattr(saved, n)!r}' for n in differ)}, asked for "
-                        f"{', '.join(repr(getattr(config, n)) for n in differ)}; delete it, or pass --run with a new name")
-    return checkpoint, bool(checkpoint["finished"])
+        raise UserError(f"{path} was made with {', '.join(f'{name}={checkpoint[key].get(name)!r}' for name in differ)}, asked for "
+                        f"{', '.join(repr(asked[name]) for name in differ)}; delete it, or pass --run with a new name")
+    return checkpoint, checkpoint["finished"]
 
 
 def run_dir(config) -> Path:

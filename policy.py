@@ -16,6 +16,7 @@ Reads: demonstrations (--demos).  Writes: runs/<run>/policy_sft.pt, policy.jsonl
   python policy.py --tasks goal               # all ten tasks of LIBERO-Goal
   python policy.py --tasks goal:1,7,8 --steps 500
 """
+import math
 import time
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class Config:
     image_size: int = 96  # H = W in pixels of the frames the policy sees
     chunk_size: int = 8  # K, actions per forward pass, all executed
     tower: tuple[int, ...] = (32, 64, 128)  # channels of the ResNet stages, each halving the resolution after a stem of 4
-    width: int = 192  # D, hidden size of the Llama
+    width: int = 128  # D, hidden size of the Llama
     layers: int = 4  # of the Llama
     heads: int = 4  # of its attention
     tokens_per_action: int = 1  # placeholders per action; OpenVLA-OFT: 7, one per dimension
@@ -48,7 +49,7 @@ class Config:
     crop_area: float = 0.9  # random crop in training, centre crop otherwise (OpenVLA-OFT)
     jitter: float = 0.2  # brightness, contrast and saturation augmentation (OpenVLA-OFT)
     min_log_scale: float = -4.0  # floor of the Laplace log-scale; the paper names none
-    steps: int = 1200  # SFT gradient steps
+    steps: int = 1000  # SFT gradient steps
     scale_steps: int = 100  # then this many on the scale head alone
     batch_size: int = 64  # B
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay
@@ -58,7 +59,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", image_size=32, tower=(8, 16), width=32, layers=1, heads=2, steps=20, scale_steps=5, batch_size=16, save_every=10),
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=1, heads=2, steps=20, scale_steps=5, batch_size=16, save_every=10),
 }
 
 
@@ -259,7 +260,7 @@ def train(cfg: Config):
             policy.eval()  # the frozen rest, as it will act
         progress = (step - cfg.steps) / cfg.scale_steps if fitting_scale else step / cfg.steps
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1, (step + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * progress))
+            group["lr"] = cfg.lr * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * progress))
         loss, metrics = (policy.scale_loss if fitting_scale else policy.loss)(obs, target, mask)
         optimizer.zero_grad(set_to_none=True)  # parameters without gradient are skipped by AdamW: frozen
         loss.backward()

@@ -1,0 +1,313 @@
+"""Real LIBERO: success rates, exploration episodes, and the reality gap of simulator and reflector.
+
+  python evaluate.py --tasks goal --policy runs/goal-tiny/policy_rl.pt     # success on LIBERO's official initial states
+  python evaluate.py --tasks goal --explore     # noisy SFT policy -> runs/goal-tiny/explore/*.hdf5, successes and failures
+  python evaluate.py --tasks goal --report      # simulator and reflector against held-out exploration episodes
+
+Stop rules (--stop): `oracle` ends an episode at the simulator's first success, the usual LIBERO protocol; `horizon` runs to the last
+step and judges the last state; `reflector` ends it when the reflector is sure and judges that state.
+Every finished episode is a line of runs/<run>/episodes.jsonl: a killed evaluation goes on where it was.
+Only policy queries are rendered, every chunk_size steps: a render costs as much as five control steps.
+Reads: policy_*.pt, world_sim.pt, reflector.pt.  Writes: runs/<run>/results.json, explore/*.hdf5, report.json.
+"""
+import functools
+import hashlib
+import json
+import os
+import time
+from concurrent.futures import as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from policy import load_policy
+
+
+@dataclass
+class Config:
+    tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2
+    policy: str = ""  # checkpoint to run; empty: policy_sft.pt of the run
+    run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
+    preset: str = "tiny"  # smoke or tiny; every other flag overrides it
+    seed: int = 0  # of sampled actions
+    episodes: int = 10  # per task: official initial states 0 .. episodes-1
+    stop: str = "oracle"  # oracle, horizon or reflector
+    max_steps: int = 0  # control steps per episode; 0: OpenVLA-OFT's limit for the suite
+    sample: bool = False  # sample actions instead of executing the mean
+    workers: int = 2  # simulator processes
+    explore: bool = False  # record exploration episodes instead of measuring success
+    explore_episodes: int = 15  # per task
+    noise_scales: tuple[float, ...] = (1.0, 2.0, 4.0)  # exploration: the Laplace scale times one of these, in turn
+    explore_horizon: float = 0.6  # exploration: fraction of the suite's step limit
+    frame_every: int = 4  # exploration: control steps between stored frames
+    past_success: int = 16  # exploration: steps recorded past the first success
+    report: bool = False  # measure the reality gap of world_sim.pt and reflector.pt instead
+
+
+PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", episodes=1, max_steps=16, explore_episodes=5, explore_horizon=0.08)}
+EXPLORE_SEED = 5000  # first reset seed of exploration; the shipped demonstrations use 1000 and up, official states none
+
+
+# ---- statistics ----------------------------------------------------------------------------------------------------------
+
+def wilson_interval(successes, trials):
+    """95 % score interval of a success rate (Wilson 1927) -> (low, high)."""
+    if trials == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, successes / trials
+    centre, half = p + z * z / (2 * trials), z * np.sqrt(p * (1 - p) / trials + z * z / (4 * trials ** 2))
+    return max(0.0, (centre - half) / (1 + z * z / trials)), min(1.0, (centre + half) / (1 + z * z / trials))
+
+
+def paired_difference(before, after):
+    """Mean of after - before on the same episodes and its 95 % interval -> (mean, low, high)."""
+    difference = np.asarray(after, float) - np.asarray(before, float)
+    half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else float("inf")
+    return difference.mean(), difference.mean() - half, difference.mean() + half
+
+
+def roc_auc(score, label):
+    """Probability that a random positive scores above a random negative, ties counting half; nan without both."""
+    score, label = np.asarray(score, float), np.asarray(label, bool)
+    positive, negative = score[label], np.sort(score[~label])
+    if not len(positive) or not len(negative):
+        return float("nan")
+    return float((np.searchsorted(negative, positive, "left") + np.searchsorted(negative, positive, "right")).mean() / 2 / len(negative))
+
+
+def psnr(a, b):
+    """uint8 frames (..., 3, H, W) x 2 -> (...) peak signal-to-noise ratio in dB."""
+    error = ((a.astype(np.float32) - b.astype(np.float32)) ** 2).mean((-3, -2, -1))
+    return 10 * np.log10(255 ** 2 / np.maximum(error, 1e-2))
+
+
+# ---- one episode in the real simulator -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None, explore_scale=None):
+    """Roll `policy` in `env` -> (record, Episode or None). `judge(frames (T, 3, H, W) so far, step) -> p_success, stop` ends it at `--stop reflector`."""
+    torch.manual_seed(cfg.seed * 1_000_003 + (init_index if seed is None else seed))
+    exploring = explore_scale is not None
+    policy.noise_scale = explore_scale or 1.0
+    max_steps = cfg.max_steps or env.task.max_steps
+    if exploring:
+        max_steps = int(env.task.max_steps * cfg.explore_horizon)
+    obs = env.reset(init_index, seed)
+    frames, frame_steps, proprio, actions, states = [obs["frames"]], [0], [env.proprio()], [], [env.state()]
+    success, stopped, p_success = [env.success()], False, 0.0
+    while len(actions) < max_steps and not stopped:
+        batch = dict(frames=torch.from_numpy(obs["frames"])[None], proprio=torch.from_numpy(obs["proprio"])[None], instruction=[obs["instruction"]])
+        chunk = policy.to_env(policy.act(batch, deterministic=not (exploring or cfg.sample))[0])[0].numpy()[:max_steps - len(actions)]
+        for piece in (np.split(chunk, range(cfg.frame_every, len(chunk), cfg.frame_every)) if exploring else [chunk]):
+            for action in piece:
+                _, ok = env.step_chunk(action[None], render=False)
+                actions.append(action)
+                success.append(bool(ok[0]))
+                proprio.append(env.proprio())
+                if exploring:
+                    states.append(env.state())
+                if cfg.stop == "oracle" and not exploring and success[-1]:
+                    stopped = True
+                    break
+            frame_steps.append(len(actions))
+            frames.append(env.render())  # the last frame of a stopped episode ends its video
+        obs = dict(frames=frames[-1], proprio=proprio[-1], instruction=obs["instruction"])
+        if exploring and any(success):
+            stopped = len(actions) >= np.argmax(success) + cfg.past_success
+        if judge and cfg.stop == "reflector" and not exploring:
+            p_success, stopped = judge(np.stack(frames), len(actions))
+    record = dict(task=f"{env.task.suite}:{env.task.index}", init_index=init_index, seed=seed, stop=cfg.stop, steps=len(actions), success=bool(success[-1]),
+                  ever_success=any(success), p_success=round(float(p_success), 4), noise_scale=explore_scale or 0)
+    if not exploring:
+        return record, np.stack(frames)
+    return record, data.Episode(np.stack(frames), np.array(frame_steps), np.stack(proprio), np.array(actions, np.float32), np.array(success), np.stack(states),
+                                env.task.instruction, env.task.name, "explore", seed - EXPLORE_SEED)
+
+
+@functools.lru_cache(maxsize=10)
+def _cached_env(task, image_size):
+    return data.LiberoEnv(task, image_size)
+
+
+_cached_policy = functools.lru_cache(maxsize=2)(load_policy)
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_judge(path, instruction):
+    from reflector import load_reflector
+    return load_reflector(path).judge(instruction)
+
+
+def _episode_job(cfg, policy_path, task, index, out):
+    """Runs in a worker: one exploration episode to an HDF5 file, or one evaluation episode with its frames kept for a video."""
+    policy = _cached_policy(policy_path)
+    env = _cached_env(task, policy.cfg.image_size)
+    if cfg.explore:
+        record, episode = run_episode(env, policy, cfg, seed=EXPLORE_SEED + index, explore_scale=cfg.noise_scales[index % len(cfg.noise_scales)])
+        data.write_libero_hdf5(Path(out) / f"{task.name}_{index}.hdf5", episode, task.suite)
+        return record
+    judge = _cached_judge(str(Path(out) / "reflector.pt"), task.instruction) if cfg.stop == "reflector" else None
+    record, frames = run_episode(env, policy, cfg, init_index=index, judge=judge)
+    data.save_video(Path(out) / "videos" / f"real_{Path(policy_path).stem}_{task.suite}_{task.index}_{index}.mp4", frames)
+    return record
+
+
+# ---- success rates ---------------------------------------------------------------------------------------------------------
+
+def evaluate_policy(policies, cfg: Config) -> dict:
+    """Success of checkpoint files `policies` on the same official initial states -> {path: {task: {successes, trials, interval, steps}}}."""
+    tasks, run = data.parse_tasks(cfg.tasks), data.run_dir(cfg)
+    if cfg.stop not in ("oracle", "horizon", "reflector"):
+        raise data.UserError(f"unknown stop rule {cfg.stop!r}, expected oracle, horizon or reflector")
+    for path in policies:
+        data.load_checkpoint(path, "policy")
+    if cfg.stop == "reflector":
+        data.load_checkpoint(run / "reflector.pt", "reflector")
+    # a finished episode counts only for the very same weights and settings
+    stamp = {p: hashlib.sha1(Path(p).read_bytes()).hexdigest()[:12] + f"-{cfg.stop}-{cfg.max_steps}-{cfg.sample}-{cfg.seed}" for p in policies}
+    finished, log = {}, run / "episodes.jsonl"
+    if log.exists():
+        finished = {(r["stamp"], r["task"], r["init_index"]): r for r in map(json.loads, log.read_text().splitlines())}
+    jobs = [(p, task, i) for task in tasks for i in range(cfg.episodes) for p in policies]
+    key = lambda p, task, i: (stamp[p], f"{task.suite}:{task.index}", i)
+    todo = [job for job in jobs if key(*job) not in finished]
+    if todo:
+        print(f"evaluating {len(todo)} episodes in LIBERO ({len(jobs) - len(todo)} already done), about {len(todo) * 8 / cfg.workers / 60:.0f} min")
+        with data.process_pool(min(cfg.workers, len(todo))) as pool, tqdm(total=len(todo), unit="episode", mininterval=2) as bar:
+            futures = {pool.submit(_episode_job, cfg, p, task, i, str(run)): (p, task, i) for p, task, i in todo}
+            for future in as_completed(futures):
+                record = dict(future.result(), stamp=stamp[futures[future][0]])
+                with open(log, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+                finished[key(*futures[future])] = record
+                bar.update()
+                bar.set_postfix(success=f"{np.mean([r['success'] for r in finished.values()]):.2f}")
+    table = {}
+    for p in policies:
+        table[p] = {}
+        for task in tasks:
+            records = [finished[key(p, task, i)] for i in range(cfg.episodes)]
+            successes = sum(r["success"] for r in records)
+            table[p][f"{task.suite}:{task.index}"] = dict(instruction=task.instruction, successes=successes, trials=len(records), interval=wilson_interval(successes, len(records)),
+                                                          success=[r["success"] for r in records], mean_steps=float(np.mean([r["steps"] for r in records])))
+    return table
+
+
+def summary(table, cfg: Config) -> dict:
+    """What a result must carry: counts, intervals, the protocol, versions, hardware."""
+    tasks = data.parse_tasks(cfg.tasks)
+    out = dict(protocol=dict(stop=cfg.stop, max_steps=[cfg.max_steps or t.max_steps for t in tasks], settle_steps=data.SETTLE_STEPS, init_states=list(range(cfg.episodes)),
+                             seed=cfg.seed, actions="sampled" if cfg.sample else "deterministic"),
+               versions=data.versions(), git_commit=data.git_commit(), hardware=f"{os.cpu_count()} CPU cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
+               policies={})
+    for path, rows in table.items():
+        successes, trials = sum(r["successes"] for r in rows.values()), sum(r["trials"] for r in rows.values())
+        checkpoint = data.load_checkpoint(path, "policy")
+        out["policies"][Path(path).stem] = dict(file=str(path), successes=successes, trials=trials, interval=wilson_interval(successes, trials), tasks=rows, demos=checkpoint["demos"])
+    return out
+
+
+def print_table(result):
+    """One line per task, one column per policy: successes/trials [Wilson 95 % interval]."""
+    names, cell = list(result["policies"]), lambda r: f"{r['successes']:3d}/{r['trials']:<3d} {100 * r['successes'] / r['trials']:5.1f} % [{100 * r['interval'][0]:4.1f}, {100 * r['interval'][1]:4.1f}]"
+    print(f"\n{'real LIBERO, stop: ' + result['protocol']['stop']:44s}" + "".join(f"{n:32s}" for n in names))
+    for task, row in result["policies"][names[0]]["tasks"].items():
+        print(f"{task + ' ' + row['instruction'][:28]:44s}" + "".join(f"{cell(result['policies'][n]['tasks'][task]):32s}" for n in names))
+    print(f"{'all':44s}" + "".join(f"{cell(result['policies'][n]):32s}" for n in names))
+
+
+# ---- exploration data ------------------------------------------------------------------------------------------------------
+
+def explore(cfg: Config):
+    """Roll the noisy SFT policy on fresh resets and store every episode, success or failure; finished files are kept."""
+    tasks, run = data.parse_tasks(cfg.tasks), data.run_dir(cfg)
+    policy = cfg.policy or str(run / "policy_sft.pt")
+    data.load_checkpoint(policy, "policy")
+    out = run / "explore"
+    jobs = [(task, i) for task in tasks for i in range(cfg.explore_episodes) if not (out / f"{task.name}_{i}.hdf5").exists()]
+    if jobs:
+        print(f"exploring: {len(jobs)} episodes with the noisy policy, about {len(jobs) * 16 / cfg.workers / 60:.0f} min")
+        with data.process_pool(min(cfg.workers, len(jobs))) as pool, tqdm(total=len(jobs), unit="episode", mininterval=2) as bar:
+            for future in as_completed([pool.submit(_episode_job, cfg, policy, task, i, str(out)) for task, i in jobs]):
+                record = future.result()
+                bar.update()
+                data.log(run, "explore", record["seed"], {k: record[k] for k in ("steps", "success", "ever_success", "noise_scale")})
+    episodes = data.load_episodes(out, tasks, kinds=("explore",))
+    print(f"{len(episodes)} exploration episodes in {out}, {sum(bool(e.success.any()) for e in episodes)} with success, {sum(len(e.actions) for e in episodes)} real interactions")
+
+
+# ---- the reality gap -------------------------------------------------------------------------------------------------------
+
+def evaluate_world_sim(world_sim, episodes, horizons=(8, 32, 64)) -> dict:
+    """Replay held-out actions in imagination: PSNR (dB) by horizon, against the frozen first frame and against shuffled actions."""
+    from world_sim import open_loop
+    rng, rows = np.random.default_rng(0), {h: [] for h in horizons}
+    for episode in episodes:
+        step_of = {int(s): i for i, s in enumerate(episode.frame_steps)}
+        usable = [h for h in horizons if h in step_of and h <= len(episode.actions)]
+        if not usable:
+            continue
+        K = world_sim.cfg.chunk_size
+        shuffled = np.concatenate([episode.actions, episode.actions[-1:].repeat(-len(episode.actions) % K, 0)]).reshape(-1, K, 7)
+        shuffled = shuffled[rng.permutation(len(shuffled))].reshape(-1, 7)
+        imagined, other = open_loop(world_sim, episode), open_loop(world_sim, episode, actions=shuffled)
+        for h in usable:
+            real, i = episode.frames[step_of[h]], h // K * world_sim.cfg.frames_per_chunk
+            rows[h].append([psnr(imagined[i], real), psnr(episode.frames[0], real), psnr(other[i], real)])
+    return {f"psnr_{name}_{h}": float(np.mean([r[k] for r in rows[h]])) for h in horizons if rows[h] for k, name in enumerate(("imagined", "frozen", "shuffled"))}
+
+
+def evaluate_reflector(reflector, episodes, threshold=None) -> dict:
+    """ROC AUC of per-frame success, and what the stop rule would do: share of failures stopped, of successes found, delay in control steps."""
+    p, label, false_stop, found, delay = [], [], [], [], []
+    for episode in episodes:
+        score, truth = reflector.score(episode), episode.success[episode.frame_steps]
+        p, label = np.concatenate([p, score]), np.concatenate([label, truth])
+        crossing = np.flatnonzero(score > (float(reflector.threshold) if threshold is None else threshold))
+        if truth.any():
+            found.append(bool(len(crossing)) and bool(truth[crossing[0]]))
+            if found[-1]:
+                delay.append(episode.frame_steps[crossing[0]] - np.argmax(episode.success))
+        else:
+            false_stop.append(len(crossing) > 0)
+    mean = lambda x: float(np.mean(x)) if len(x) else float("nan")
+    return dict(auc=roc_auc(p, label), frames=len(p), positives=int(label.sum()), episodes=len(episodes), failures=len(false_stop),
+                false_stop_rate=mean(false_stop), found_rate=mean(found), mean_delay_steps=mean(delay))
+
+
+def report(cfg: Config):
+    """The reality gap on held-out exploration episodes, printed and written to report.json."""
+    from reflector import load_reflector
+    from world_sim import load_world_sim, open_loop
+    run = data.run_dir(cfg)
+    world_sim, reflector = load_world_sim(run / "world_sim.pt"), load_reflector(run / "reflector.pt")
+    episodes = [e for e in data.load_episodes(run / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",)) if e.held_out]
+    result = dict(world_sim=evaluate_world_sim(world_sim, episodes), reflector=evaluate_reflector(reflector, episodes))
+    for episode in episodes:
+        K = world_sim.cfg.chunk_size
+        imagined = open_loop(world_sim, episode)[::world_sim.cfg.frames_per_chunk]
+        steps = [i for i, s in enumerate(episode.frame_steps) if s % K == 0][:len(imagined)]
+        data.save_video(run / "videos" / f"gap_{episode.task}_{episode.index}.mp4", np.concatenate([episode.frames[steps], imagined[:len(steps)]], -1))
+    print(json.dumps(result, indent=1))
+    with data.atomic(run / "report.json") as part:
+        part.write_text(json.dumps(result, indent=1))
+
+
+def main(cfg: Config):
+    if cfg.explore:
+        return explore(cfg)
+    if cfg.report:
+        return report(cfg)
+    began, path = time.time(), cfg.policy or str(data.run_dir(cfg) / "policy_sft.pt")
+    result = summary(evaluate_policy([path], cfg), cfg) | dict(seconds=round(time.time() - began))
+    print_table(result)
+    with data.atomic(data.run_dir(cfg) / f"results_{Path(path).stem}_{cfg.stop}.json") as part:
+        part.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    data.command_line(main, PRESETS, __doc__)

@@ -1,0 +1,253 @@
+"""LOOP: leave-one-out PPO on rollouts imagined by the world simulator, judged by the reflector (World-Env, arXiv 2509.24948).
+
+For each of G start states, N rollouts:  a_t ~ policy;  o_{t+1} ~ world_sim(o_t, a_t);  p_t = reflector(o_1..o_t)
+  a rollout ends at the first p_t > threshold, or at the horizon; its one reward is R_n = p there
+  A_n = R_n - 1/(N-1) * sum_{m != n} R_m                           leave-one-out (RLOO), no division by the standard deviation
+  r_t = p_new(a_t | o_t) / p_old(a_t | o_t)                        one ratio per control step, 7 Laplace dimensions multiplied
+  L = - mean_n mean_{t <= t_end,n} min(r_t A_n, clip(r_t, 1 - eps, 1 + eps) A_n)         eps = 0.1, one epoch
+Only the policy learns; no physics, no simulator, no value function, no KL term. N = 8 and eps = 0.1 are the paper's.
+Dims: G start states, N rollouts each, R = G * N, C chunks, K chunk_size, T = C * K control steps, H W pixels.
+
+`python ppo_loop.py --tasks goal` runs the whole method: every stage without a checkpoint is trained first, in order, then LOOP, then
+SFT and RL policy are compared in real LIBERO on the same official initial states.
+
+Differs from the paper: `tiny` trains language model and heads in full at one learning rate (no LoRA), the vision tower stays frozen.
+Reads: everything the other scripts write.  Writes: runs/<run>/policy_rl.pt, ppo_loop.jsonl, results.json, report.json, videos/.
+
+  python ppo_loop.py --tasks goal:1,7,8
+"""
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from torch import nn
+from tqdm import trange
+
+import data
+import evaluate
+import policy as policy_script
+import reflector as reflector_script
+import world_sim as world_sim_script
+from policy import load_policy
+from reflector import load_reflector, stops
+from world_sim import load_world_sim
+
+
+@dataclass
+class Config:
+    tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2
+    demos: str = "data"  # directory with LIBERO HDF5 files, searched recursively
+    run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
+    preset: str = "tiny"  # smoke or tiny, for every stage; other flags override it
+    seed: int = 0  # of every stage
+    iterations: int = 10  # collect rollouts, update, repeat
+    starts: int = 6  # G, start states per iteration; the paper's batch of 4
+    rollouts: int = 8  # N, rollouts per start state
+    horizon: float = 0.6  # longest rollout, as a fraction of the suite's step limit
+    noise_scale: float = 1.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5
+    clip_eps: float = 0.1  # of the PPO ratio
+    minibatch: int = 16  # rollouts per optimizer step
+    micro_batch: int = 8  # rollouts per backward pass, gradients accumulated
+    lr: float = 1e-4  # language model and projectors
+    lr_heads: float = 1e-4  # action and scale head; the paper: 1e-5
+    grad_clip: float = 1.0  # norm
+    no_spread_limit: int = 4  # stop after this many iterations in which no group has a spread of rewards
+    eval_episodes: int = 10  # official initial states per task in the final comparison
+
+
+PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, horizon=0.06, minibatch=4, micro_batch=2, eval_episodes=1, no_spread_limit=100)}
+
+
+# ---- equations -----------------------------------------------------------------------------------------------------------
+
+def leave_one_out_advantage(reward):
+    """reward (G, N) -> advantage (G, N): each reward minus the mean of the other N - 1 (RLOO, arXiv 2402.14740; World-Env section 3)."""
+    N = reward.shape[1]
+    return reward - (reward.sum(1, keepdim=True) - reward) / (N - 1)
+
+
+def step_mask(finish_step, horizon):
+    """finish_step (R,) -> (R, horizon): 1 up to and including the step that finished the rollout."""
+    return (torch.arange(horizon, device=finish_step.device) <= finish_step[:, None]).float()
+
+
+def ppo_loss(log_prob, old_log_prob, advantage, mask, clip_eps):
+    """log_prob, old_log_prob, mask (R, T), advantage (R,) -> loss, metrics. Mean over executed steps of a rollout, then over rollouts."""
+    log_ratio = log_prob - old_log_prob
+    ratio, A = log_ratio.exp(), advantage[:, None]
+    objective = torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + clip_eps) * A)
+    per_rollout = lambda x: ((x * mask).sum(1) / mask.sum(1)).mean()
+    with torch.no_grad():
+        metrics = dict(ratio=per_rollout(ratio), approx_kl=per_rollout(ratio - 1 - log_ratio), clip_frac=per_rollout(((ratio - 1).abs() > clip_eps).float()),
+                       largest_log_ratio=(log_ratio * mask).abs().max())
+    return -per_rollout(objective), metrics
+
+
+# ---- rollouts in imagination -----------------------------------------------------------------------------------------------
+
+@dataclass
+class Rollouts:
+    """R = G * N rollouts of at most C chunks, those of one start state next to each other."""
+    frames: torch.Tensor        # (R, C, 3, H, W) uint8, what the policy saw
+    proprio: torch.Tensor       # (R, C, 8)
+    instruction: list           # R str
+    action_chunk: torch.Tensor  # (R, C, K, 7) normalised
+    old_log_prob: torch.Tensor  # (R, C, K)
+    mask: torch.Tensor          # (R, C, K) 1 for executed steps
+    reward: torch.Tensor        # (R,) p_success where the rollout ended
+    finish_step: torch.Tensor   # (R,) last executed control step
+    stopped: torch.Tensor       # (R,) bool, by the reflector, not by the horizon
+
+
+@torch.no_grad()
+def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
+    """N rollouts from each of G starts: dict(frames (G, 3, H, W) uint8, proprio (G, 8), instruction G str, camera (G, 3, 4), horizon int).
+
+    Finished rollouts leave the batch: they cost nothing more and never change.
+    """
+    K, N, device = policy.cfg.chunk_size, cfg.rollouts, start_obs["proprio"].device
+    frames, proprio, camera = (repeat(start_obs[key], "g ... -> (g n) ...", n=N) for key in ("frames", "proprio", "camera"))
+    instruction = [text for text in start_obs["instruction"] for _ in range(N)]
+    R, C = len(proprio), -(-start_obs["horizon"] // K)
+    out = Rollouts(frames.new_zeros(R, C, *frames.shape[1:]), proprio.new_zeros(R, C, 8), instruction, proprio.new_zeros(R, C, K, 7), proprio.new_zeros(R, C, K), None,
+                   proprio.new_zeros(R), torch.full((R,), C * K - 1, device=device), torch.zeros(R, dtype=torch.bool, device=device))
+    active, memory = torch.arange(R, device=device), world_sim.remember(frames, camera)
+    seen, p_success = reflector.see(frames[:, None]), proprio.new_zeros(R, 0)
+    for chunk in range(C):
+        texts = [instruction[i] for i in active]
+        out.frames[active, chunk], out.proprio[active, chunk] = frames, proprio
+        action_chunk, log_prob = policy.act(dict(frames=frames, proprio=proprio, instruction=texts))
+        out.action_chunk[active, chunk], out.old_log_prob[active, chunk] = action_chunk, log_prob
+        imagined, proprio = world_sim.predict(memory, proprio, policy.to_env(action_chunk))
+        frames = imagined[:, -1]
+        seen = torch.cat([seen, reflector.see(frames[:, None])], 1)
+        p_success = torch.cat([p_success, reflector.read(seen, texts).sigmoid()[:, None]], 1)
+        out.reward[active] = p_success[:, -1]
+        stop = stops(p_success, reflector.threshold, reflector.cfg.min_steps, reflector.cfg.patience)[:, -1]
+        out.finish_step[active[stop]], out.stopped[active[stop]] = (chunk + 1) * K - 1, True
+        active, frames, proprio, seen, p_success, memory = active[~stop], frames[~stop], proprio[~stop], seen[~stop], p_success[~stop], memory.select(~stop)
+        if not len(active):
+            break
+    out.mask = rearrange(step_mask(out.finish_step, C * K), "r (c k) -> r c k", k=K)
+    return out
+
+
+# ---- update --------------------------------------------------------------------------------------------------------------
+
+def log_prob_of(policy, rollouts, rows):
+    """Log-probability of the executed chunks of rollouts `rows` -> (len(rows), C * K), 0 where nothing was executed."""
+    executed = rollouts.mask[rows].any(-1)                                                                  # (r, C)
+    obs = dict(frames=rollouts.frames[rows][executed], proprio=rollouts.proprio[rows][executed], instruction=[rollouts.instruction[rows[i]] for i in executed.nonzero()[:, 0]])
+    log_prob = rollouts.old_log_prob.new_zeros(len(rows), *rollouts.mask.shape[1:])
+    log_prob[executed] = policy.log_prob(obs, rollouts.action_chunk[rows][executed])
+    return log_prob.flatten(1)
+
+
+def update(policy, optimizer, rollouts, cfg: Config):
+    """One PPO epoch over the rollouts -> metrics. Raises RuntimeError if the first ratio is not 1 or the loss is not finite."""
+    group = rearrange(rollouts.reward, "(g n) -> g n", n=cfg.rollouts)
+    advantage, mask, old_log_prob = leave_one_out_advantage(group).flatten(), rollouts.mask.flatten(1), rollouts.old_log_prob.flatten(1)
+    history = []
+    for step, minibatch in enumerate(torch.randperm(len(advantage)).split(cfg.minibatch)):
+        optimizer.zero_grad(set_to_none=True)
+        for rows in minibatch.split(cfg.micro_batch):
+            rows = rows.to(advantage.device)
+            loss, metrics = ppo_loss(log_prob_of(policy, rollouts, rows), old_log_prob[rows] * mask[rows], advantage[rows], mask[rows], cfg.clip_eps)
+            if not torch.isfinite(loss):
+                raise RuntimeError(f"loss is {float(loss)}; lower --lr or look at the rollouts")
+            if step == 0 and metrics["largest_log_ratio"] > 1e-2:  # the update must see the density that sampled, to float32 rounding
+                raise RuntimeError(f"the first ratio must be 1, its logarithm is {float(metrics['largest_log_ratio']):.4f}: sampling and update use different densities")
+            (loss * len(rows) / len(minibatch)).backward()
+            history.append(metrics)
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+        optimizer.step()
+    return dict(reward=group.mean(), stop_rate=rollouts.stopped.float().mean(), group_spread=group.std(1).mean(), useful_groups=(group.std(1) > 1e-3).float().mean(),
+                length=mask.sum(1).mean(), **{k: torch.stack([m[k] for m in history]).mean() for k in history[0]}, grad_norm=grad_norm)
+
+
+def train(cfg: Config):
+    """LOOP from policy_sft.pt to policy_rl.pt."""
+    run, device = data.run_dir(cfg), "cuda" if torch.cuda.is_available() else "cpu"
+    path = run / "policy_rl.pt"
+    checkpoint, finished = data.resume(path, "policy_rl", cfg, device, key="ppo_config", ignore=("run", "eval_episodes"))
+    if finished:
+        return print(f"{path} is finished ({cfg.iterations} iterations); delete it to train again")
+    policy, world_sim, reflector = load_policy(run / "policy_sft.pt", device), load_world_sim(run / "world_sim.pt", device), load_reflector(run / "reflector.pt", device)
+    policy.noise_scale = cfg.noise_scale
+    tasks = data.parse_tasks(cfg.tasks)
+    starts = [e for e in data.load_episodes([cfg.demos, run / "explore"], tasks, policy.cfg.demos_per_task, ("expert", "explore"), policy.cfg.image_size) if not e.held_out]
+    horizon = {task.name: int(cfg.horizon * task.max_steps) for task in tasks}
+    policy.tower.requires_grad_(False)
+    heads = [*policy.action_head.parameters(), *policy.scale_trunk.parameters(), *policy.scale_out.parameters()]
+    known = {id(p) for p in [*heads, *policy.tower.parameters()]}
+    optimizer = torch.optim.AdamW([dict(params=[p for p in policy.parameters() if id(p) not in known], lr=cfg.lr), dict(params=heads, lr=cfg.lr_heads)], weight_decay=0.0)
+    first, no_spread = 0, 0
+    if checkpoint:
+        policy.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first, no_spread = checkpoint["step"], checkpoint["no_spread"]
+    print(f"ppo_loop: {cfg.starts} starts x {cfg.rollouts} rollouts, {len(starts)} start states, iterations {first} to {cfg.iterations}")
+    for iteration in (bar := trange(first, cfg.iterations, initial=first, total=cfg.iterations, desc="ppo_loop", mininterval=2)):
+        torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # an iteration's randomness depends on its number alone: resuming is exact
+        rng = np.random.default_rng((cfg.seed, iteration))
+        picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, replace=cfg.starts > len(starts))]
+        as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
+        start_obs = dict(frames=as_tensor([e.frames[0] for e in picked]), proprio=as_tensor([e.proprio[0] for e in picked]), camera=as_tensor([e.camera for e in picked]).float(),
+                         instruction=[e.instruction for e in picked], horizon=max(horizon[e.task] for e in picked))
+        began = time.time()
+        rollouts = imagine(policy, world_sim, reflector, start_obs, cfg)
+        imagined = time.time()
+        metrics = update(policy, optimizer, rollouts, cfg) | dict(imagine_s=imagined - began, update_s=time.time() - imagined)
+        no_spread = no_spread + 1 if metrics["useful_groups"] == 0 else 0
+        bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in ("reward", "stop_rate", "group_spread", "useful_groups", "approx_kl", "clip_frac")})
+        data.log(run, "ppo_loop", iteration + 1, metrics)
+        data.save_checkpoint(path, "policy_rl", policy.cfg, policy, ppo_config=data.plain(cfg), optimizer=optimizer.state_dict(), step=iteration + 1,
+                             finished=iteration + 1 == cfg.iterations, no_spread=no_spread, tokenizer=policy.tokenizer.backend_tokenizer.to_str(),
+                             demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in starts if e.source == "expert"}, metrics={k: float(v) for k, v in metrics.items()})
+        if no_spread >= cfg.no_spread_limit:
+            raise data.UserError(f"all rewards within every group were equal for {no_spread} iterations: nothing to learn from; raise --noise-scale or --starts, or look at videos/")
+    print(f"wrote {path}")
+
+
+# ---- the whole method ----------------------------------------------------------------------------------------------------
+
+def main(cfg: Config):
+    """Train whatever is missing, in order, then compare SFT and RL in real LIBERO."""
+    run, began, seconds = data.run_dir(cfg), time.time(), {}
+    stages = [("policy_sft", policy_script, policy_script.train), ("explore", evaluate, evaluate.explore), ("world_sim", world_sim_script, world_sim_script.train),
+              ("reflector", reflector_script, reflector_script.train)]
+    shared = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed)
+    for number, (name, script, train_stage) in enumerate(stages, 1):
+        print(f"\n[{number}/6] {name}")
+        since, config = time.time(), dataclasses.replace(script.PRESETS[cfg.preset], **shared)
+        train_stage(dataclasses.replace(config, **({"explore": True} if name == "explore" else {"demos": cfg.demos})))
+        seconds[name] = round(time.time() - since)
+    print("\n[5/6] LOOP in imagination")
+    since = time.time()
+    train(cfg)
+    seconds["ppo_loop"] = round(time.time() - since)
+    print("\n[6/6] real LIBERO, SFT against RL on the same initial states")
+    since, eval_cfg = time.time(), dataclasses.replace(evaluate.PRESETS[cfg.preset], **shared, episodes=cfg.eval_episodes)
+    paths = [str(run / "policy_sft.pt"), str(run / "policy_rl.pt")]
+    table = evaluate.evaluate_policy(paths, eval_cfg)
+    result = evaluate.summary(table, eval_cfg)
+    outcome = lambda path: [s for row in table[path].values() for s in row["success"]]
+    difference = evaluate.paired_difference(outcome(paths[0]), outcome(paths[1]))
+    explored = data.load_episodes(run / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",))
+    seconds["evaluate"] = round(time.time() - since)
+    result |= dict(difference=difference, real_interactions=sum(len(e.actions) for e in explored), exploration_episodes=len(explored), seconds=seconds | dict(total=round(time.time() - began)))
+    with data.atomic(run / "results.json") as part:
+        part.write_text(json.dumps(result, indent=1))
+    evaluate.report(eval_cfg)
+    evaluate.print_table(result)
+    print(f"RL - SFT, paired: {100 * difference[0]:+.1f} points [{100 * difference[1]:+.1f}, {100 * difference[2]:+.1f}] (95 %), stop rule: {eval_cfg.stop}; "
+          f"real interactions used in training: {result['real_interactions']} steps in {len(explored)} exploration episodes; {result['seconds']['total'] / 60:.0f} min on {result['hardware']}")
+    print(f"details: {run / 'results.json'}, videos (real | imagined): {run / 'videos'}")
+
+
+if __name__ == "__main__":
+    data.command_line(main, PRESETS, __doc__)

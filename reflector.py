@@ -1,0 +1,241 @@
+"""The instant reflector: p(task done | frames so far, instruction), a LLaVA with a reward head (World-Env, arXiv 2509.24948).
+
+  h_t = last hidden state of LLaVA over [tokens of up to `frames` frames, uniformly picked from o_1..o_t] [instruction]
+  p_t = sigmoid(head(h_t)),  trained with BCE against y_t = 1[LIBERO's success predicate holds at t]
+  a rollout stops at the first t with p_t > threshold; p there is its reward (the paper's threshold is 0.5, here it is chosen
+  on held-out episodes)
+Labels are not latched: when a bowl falls off its plate, success is lost. Half of each batch is positive; negatives are the rest
+of all episodes, and successful frames under another task's instruction.
+Dims: B batch, T frames so far, P tokens per frame, D width, H W pixels.
+
+Differs from the paper: `tiny` trains a small LLaVA from scratch (CLIP tower, 2-layer projector, Llama) instead of a head on a frozen one,
+and sees 4 frames instead of 32, blurred at random in training because imagined frames are softer than real ones.
+Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/reflector.pt, reflector.jsonl.
+
+  python reflector.py --demos data/
+"""
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from tqdm import trange
+
+import data
+
+
+@dataclass
+class Config:
+    tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2
+    demos: str = "data"  # directory with LIBERO HDF5 files, searched recursively
+    run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
+    preset: str = "tiny"  # smoke or tiny; every other flag overrides it
+    seed: int = 0  # of weights and batches
+    demos_per_task: int = 5  # expert demonstrations used
+    kinds: tuple[str, ...] = ("expert", "explore")  # training data
+    image_size: int = 96  # H = W in pixels
+    frames: int = 4  # frames seen at once, uniformly picked from those so far; the paper: 32
+    patch_size: int = 12  # pixels per side of a token of the vision tower
+    width: int = 96  # D, of tower and language model
+    layers: int = 3  # of the tower, and of the language model
+    heads: int = 4  # of attention
+    min_steps: int = 0  # scored frames before a rollout may stop
+    patience: int = 1  # consecutive scores above the threshold needed to stop
+    wrong_instruction: float = 0.15  # share of samples shown with another task's instruction, label 0
+    jitter: float = 0.2  # brightness and contrast augmentation
+    steps: int = 800  # gradient steps
+    batch_size: int = 32  # B
+    lr: float = 5e-4  # AdamW, linear warm-up, cosine decay
+    save_every: int = 100  # steps between checkpoints, what a kill can cost
+
+
+PRESETS = {
+    "tiny": Config(),
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, patch_size=8, frames=2, width=32, layers=1, heads=2, steps=20, batch_size=8, save_every=10),
+}
+
+
+# ---- model ---------------------------------------------------------------------------------------------------------------
+
+class Reflector(nn.Module):
+    def __init__(self, cfg: Config, tokenizer):
+        super().__init__()
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaModel
+        self.cfg, self.tokenizer = cfg, tokenizer
+        size = dict(hidden_size=cfg.width, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, intermediate_size=cfg.width * 4)
+        self.llava = LlavaModel(LlavaConfig(
+            vision_config=CLIPVisionConfig(image_size=cfg.image_size, patch_size=cfg.patch_size, **size), vision_feature_layer=-1,
+            text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, **size)))
+        self.head = nn.Sequential(nn.LayerNorm(cfg.width), nn.Linear(cfg.width, cfg.width // 4), nn.GELU(), nn.Linear(cfg.width // 4, 1))
+        self.register_buffer("threshold", torch.tensor(0.5))
+
+    def see(self, frames):
+        """uint8 (..., 3, H, W) -> tokens (..., P, D). Computed once per frame and reused. Raises UserError on another size."""
+        if frames.shape[-3:] != (3, self.cfg.image_size, self.cfg.image_size):
+            raise data.UserError(f"frames are {tuple(frames.shape[-3:])}, this reflector was trained on {(3, self.cfg.image_size, self.cfg.image_size)}; pass --image-size {self.cfg.image_size}")
+        tokens = self.llava.vision_tower(frames.flatten(0, -4).float() / 127.5 - 1).last_hidden_state[:, 1:]  # without CLS
+        side = self.cfg.image_size // self.cfg.patch_size
+        pooled = F.avg_pool2d(rearrange(tokens, "b (h w) d -> b d h w", h=side), 2)                        # LLaVA-Video pools 2 x 2
+        return self.llava.multi_modal_projector(rearrange(pooled, "b d h w -> b (h w) d")).unflatten(0, frames.shape[:-3])
+
+    def read(self, tokens, instruction):
+        """tokens (B, T, P, D) of the frames so far, instruction list of B str -> logit (B,)."""
+        tokens = tokens[:, pick(tokens.shape[1], self.cfg.frames)].flatten(1, 2)
+        text = self.tokenizer([t.lower() for t in instruction], padding=True, return_tensors="pt", add_special_tokens=False).to(tokens.device)  # padded on the left
+        x = torch.cat([tokens, self.llava.language_model.embed_tokens(text["input_ids"])], 1)
+        mask = torch.cat([torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device), text["attention_mask"]], 1)
+        hidden = self.llava.language_model(inputs_embeds=x, attention_mask=mask, position_ids=mask.cumsum(1) - 1, use_cache=False).last_hidden_state
+        return self.head(hidden[:, -1]).float()[:, 0]
+
+    def forward(self, frames, instruction):
+        """uint8 frames so far (B, T, 3, H, W), instruction list of B str -> logit (B,)."""
+        return self.read(self.see(frames[:, pick(frames.shape[1], self.cfg.frames)]), instruction)
+
+    def loss(self, frames, instruction, label):
+        """BCE of the success label (B,)."""
+        logit = self(self.augment(frames) if self.training else frames, instruction)
+        loss = F.binary_cross_entropy_with_logits(logit, label)
+        return loss, dict(bce=loss.detach(), accuracy=((logit > 0) == (label > 0.5)).float().mean())
+
+    def augment(self, frames):
+        """Brightness, contrast, a shift of up to 4 pixels, and blur for half of the samples; the same for all frames of one."""
+        B, frames = len(frames), frames.float()
+        gain, bias = 1 + self.cfg.jitter * (torch.rand(2, B, 1, 1, 1, 1, device=frames.device) * 2 - 1)
+        frames = ((frames - 128) * gain + 128 * bias).clamp(0, 255)
+        dx, dy = torch.randint(-4, 5, (2,)).tolist()
+        frames = F.pad(frames.flatten(0, 1), (4, 4, 4, 4), mode="replicate")[..., 4 + dy:4 + dy + self.cfg.image_size, 4 + dx:4 + dx + self.cfg.image_size]
+        soft = F.interpolate(F.avg_pool2d(frames, 2), scale_factor=2, mode="bilinear").unflatten(0, (B, -1))
+        return torch.where(torch.rand(B, 1, 1, 1, 1, device=frames.device) < 0.5, soft, frames.unflatten(0, (B, -1)))
+
+    @torch.no_grad()
+    def score(self, episode):
+        """p_success at each stored frame of an episode -> (F,) numpy."""
+        device = self.threshold.device
+        tokens = torch.cat([self.see(part) for part in torch.from_numpy(episode.frames).to(device).split(64)])
+        seen = torch.stack([tokens[:t + 1][pick(t + 1, self.cfg.frames)] for t in range(len(tokens))])      # (F, frames, P, D)
+        return torch.cat([self.read(part, [episode.instruction] * len(part)).sigmoid() for part in seen.split(64)]).cpu().numpy()
+
+    def judge(self, instruction):
+        """A judge for one real episode: judge(frames (T, 3, H, W) so far, step) -> p_success, stop."""
+        scores = []
+
+        @torch.no_grad()
+        def judge(frames, step):
+            scores.append(float(self(torch.from_numpy(frames)[None].to(self.threshold.device), [instruction]).sigmoid()))
+            return scores[-1], bool(stops(torch.tensor([scores]), self.threshold, self.cfg.min_steps, self.cfg.patience)[0, -1])
+        return judge
+
+
+def pick(so_far, size):
+    """Indices of `size` frames uniformly over those so far, first and last included; few frames repeat."""
+    return np.linspace(0, so_far - 1, size).round().astype(int)
+
+
+def stops(p_success, threshold, min_steps=0, patience=1):
+    """p_success (B, T) -> (B, T) bool: the stop rule holds at t, `patience` scores in a row above the threshold, not before `min_steps`."""
+    above = (p_success > threshold) & (torch.arange(p_success.shape[1], device=p_success.device) >= min_steps)
+    run = F.pad(above.float(), (patience - 1, 0)).unfold(1, patience, 1)
+    return run.all(-1) if run.dtype == torch.bool else run.min(-1).values > 0
+
+
+def finish_step(p_success, threshold, min_steps=0, patience=1):
+    """p_success (B, T) -> (B,) index of the first score at which a rollout stops, T - 1 for those that never do (World-Env: p > 0.5)."""
+    hit = stops(p_success, threshold, min_steps, patience)
+    return torch.where(hit.any(1), hit.float().argmax(1), p_success.shape[1] - 1)
+
+
+def choose_threshold(p_success, label) -> float:
+    """The threshold of best F0.5 on held-out frames: a false stop ruins a rollout, a late one costs a few steps. 0.5 without both labels."""
+    p, label = np.asarray(p_success, float), np.asarray(label, bool)
+    if label.all() or not label.any():
+        return 0.5
+    order = np.argsort(-p, kind="stable")
+    hits, called = np.cumsum(label[order]), np.arange(1, len(p) + 1)
+    precision, recall = hits / called, hits / label.sum()
+    f = 1.25 * precision * recall / np.maximum(0.25 * precision + recall, 1e-9)
+    last_of_tie = np.append(np.diff(p[order]) != 0, True)
+    best = int(np.argmax(np.where(last_of_tie, f, -1)))
+    below = p[order][best + 1] if best + 1 < len(p) else 0.0
+    return float(np.clip((p[order][best] + below) / 2, 0.05, 0.95))
+
+
+def load_reflector(path, device="cpu") -> Reflector:
+    """A reflector from `reflector.pt`, in eval mode. Raises UserError."""
+    checkpoint = data.load_checkpoint(path, "reflector", device)
+    reflector = Reflector(data.from_config(Config, checkpoint["config"]), data.load_tokenizer(checkpoint["tokenizer"]))
+    reflector.load_state_dict(checkpoint["model"])
+    return reflector.to(device).eval()
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+def make_batch(episodes, positives, negatives, instructions, cfg, rng):
+    """Half positives where there are any; some with another task's instruction. -> frames (B, T, 3, H, W) uint8, instruction, label (B,)"""
+    frames, texts, labels = [], [], []
+    for b in range(cfg.batch_size):
+        rows = positives if positives and (b % 2 or not negatives) else negatives
+        i, f = rows[rng.integers(len(rows))]
+        label, text = float(rows is positives), episodes[i].instruction
+        if len(instructions) > 1 and rng.random() < cfg.wrong_instruction:
+            label, text = 0.0, rng.choice([other for other in instructions if other != text])
+        frames.append(episodes[i].frames[pick(f + 1, cfg.frames)])
+        texts.append(str(text))
+        labels.append(label)
+    return torch.from_numpy(np.stack(frames)), texts, torch.tensor(labels)
+
+
+def train(cfg: Config):
+    run, device = data.run_dir(cfg), "cuda" if torch.cuda.is_available() else "cpu"
+    path = run / "reflector.pt"
+    checkpoint, finished = data.resume(path, "reflector", cfg, device)
+    if finished:
+        return print(f"{path} is finished ({cfg.steps} steps); delete it to train again")
+    torch.manual_seed(cfg.seed)
+    episodes = data.load_episodes([cfg.demos, run / "explore"] if "explore" in cfg.kinds else cfg.demos, data.parse_tasks(cfg.tasks), cfg.demos_per_task, cfg.kinds, cfg.image_size)
+    held_out = [e for e in episodes if e.held_out]
+    episodes = [e for e in episodes if not e.held_out]
+    labelled = [(i, f, bool(e.success[s])) for i, e in enumerate(episodes) for f, s in enumerate(e.frame_steps)]
+    positives, negatives = [(i, f) for i, f, y in labelled if y], [(i, f) for i, f, y in labelled if not y]
+    instructions = sorted({e.instruction for e in episodes})
+    tokenizer = checkpoint["tokenizer"] if checkpoint else data.train_tokenizer()
+    reflector = Reflector(cfg, data.load_tokenizer(tokenizer)).to(device)
+    optimizer = torch.optim.AdamW(reflector.parameters(), lr=cfg.lr, weight_decay=0.05)
+    start = 0
+    if checkpoint:
+        reflector.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    print(f"reflector: {sum(p.numel() for p in reflector.parameters()) / 1e6:.1f} M parameters, {len(episodes)} episodes, {len(positives)} positive and {len(negatives)} negative frames "
+          f"({len(held_out)} episodes held out), steps {start} to {cfg.steps}")
+    began = time.time()
+    for step in (bar := trange(start, cfg.steps, initial=start, total=cfg.steps, desc="reflector", mininterval=2)):
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
+        frames, texts, label = make_batch(episodes, positives, negatives, instructions, cfg, np.random.default_rng((cfg.seed, step)))
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
+        reflector.train()
+        loss, metrics = reflector.loss(frames.to(device), texts, label.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(reflector.parameters(), 1.0)
+        optimizer.step()
+        last = step + 1 == cfg.steps
+        if last:  # choose the stop threshold where training did not look
+            reflector.eval()
+            judged = [(reflector.score(e), e.success[e.frame_steps]) for e in held_out or episodes]
+            reflector.threshold.fill_(choose_threshold(*(np.concatenate(x) for x in zip(*judged))))
+        if (step + 1) % 20 == 0 or last:
+            bar.set_postfix({k: f"{float(v):.3f}" for k, v in metrics.items()})
+            data.log(run, "reflector", step + 1, metrics)
+        if (step + 1) % cfg.save_every == 0 or last:
+            data.save_checkpoint(path, "reflector", cfg, reflector, optimizer=optimizer.state_dict(), step=step + 1, finished=last, tokenizer=tokenizer,
+                                 metrics={k: float(v) for k, v in metrics.items()})
+    print(f"wrote {path} after {time.time() - began:.0f} s, threshold {float(reflector.threshold):.2f} from {len(held_out or episodes)} {'held-out' if held_out else 'training'} episodes")
+
+
+if __name__ == "__main__":
+    data.command_line(train, PRESETS, __doc__)

@@ -1,0 +1,385 @@
+"""The world simulator: p(next frames, next proprio | memory frames, proprio, action chunk), a latent video diffusion model.
+
+The recipe of EnerVerse-AC (EVAC, arXiv 2505.09723), which World-Env builds on, at a size two CPU cores can train:
+  every frame is encoded by a VAE; memory = M latents picked sparsely from the past: first, 1/3, 2/3, last
+  the chunk's F frames are denoised together, given the memory, the actions, and an *action map*: the gripper's poses over the chunk,
+  projected with the camera onto the image plane, black background, opening as brightness
+  v-prediction, zero terminal SNR, DDIM with trailing steps; noise on the memory in training, so that errors do not pile up in rollouts
+  proprio: an analytic step of the OSC controller plus a learned residual (`Dynamics`)
+What is denoised is the change since the last memory frame, z_f - z_last: most of the scene stands still.
+Chunk after chunk, the last predicted frame and proprio go back to the policy, the latents into the memory: no physics, no simulator.
+Dims: B batch, K chunk_size, F frames_per_chunk, M memory, C latent channels, h w latent size, H W pixels.
+
+Differs from EVAC: `tiny` stacks memory and chunk as channels of a 2-D U-Net (7-20 times cheaper than a video U-Net on a CPU), acts on it
+through the time embedding instead of cross-attention, and draws the action map at latent size; one frame per chunk: the policy
+looks only at chunk ends.
+Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/world_sim.pt, world_sim.jsonl, world_sim_*.png.
+
+  python world_sim.py --demos data/
+"""
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+from tqdm import trange
+
+import data
+
+
+@dataclass
+class Config:
+    tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2
+    demos: str = "data"  # directory with LIBERO HDF5 files, searched recursively
+    run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
+    preset: str = "tiny"  # smoke or tiny; every other flag overrides it
+    seed: int = 0  # of weights, batches and noise
+    demos_per_task: int = 5  # expert demonstrations used
+    kinds: tuple[str, ...] = ("expert", "explore")  # training data; the paper's ablation is expert alone
+    image_size: int = 96  # H = W in pixels, as the policy's
+    chunk_size: int = 8  # K, actions per prediction, as the policy's
+    frames_per_chunk: int = 1  # F, predicted at equal distances, the last at the chunk's end; EVAC: K
+    memory: int = 4  # M, frames the prediction sees: first, sparse ones between, last
+    patch: int = 4  # pixels per side folded into channels before the VAE: cheap resolution
+    vae_channels: tuple[int, ...] = (48, 96)  # per level, each after the first halving the resolution
+    latent_channels: int = 16  # C
+    channels: tuple[int, ...] = (96, 128)  # of the denoising U-Net, per level
+    hidden: int = 256  # width of action embedding and proprio residual
+    memory_noise: float = 0.2  # largest standard deviation of the noise on memory latents in training
+    pure_noise: float = 0.3  # share of training samples that start from noise alone
+    shift: float = 4.0  # other samples: timesteps shifted towards high noise
+    sampling_steps: int = 3  # DDIM steps; EVAC: 27
+    vae_steps: int = 600  # gradient steps of the VAE
+    vae_batch: int = 32  # frames per VAE step
+    steps: int = 2000  # then gradient steps of U-Net and dynamics
+    batch_size: int = 32  # B
+    lr: float = 1e-3  # AdamW, linear warm-up, cosine decay, for each of the two phases
+    save_every: int = 200  # steps between checkpoints, what a kill can cost
+
+
+PRESETS = {
+    "tiny": Config(),
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, vae_channels=(16, 16), latent_channels=4, channels=(16, 32), hidden=32, sampling_steps=2,
+                    vae_steps=20, vae_batch=8, steps=20, batch_size=8, save_every=10),
+}
+
+
+# ---- model ---------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Memory:
+    """What a batch of rollouts has seen so far."""
+    latents: torch.Tensor  # (B, n, C, h, w) every frame since the start, in order
+    camera: torch.Tensor   # (B, 3, 4) world -> image, `Task.camera`
+
+    def select(self, rows):
+        return Memory(self.latents[rows], self.camera[rows])
+
+
+class Dynamics(nn.Module):
+    """Proprio after each action: the OSC controller's goal reached in part, plus a learned residual. Lengths in m, angles in rad."""
+
+    def __init__(self, chunk_size, hidden):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.7, 0.7, 0.3]))  # of the commanded step: position, rotation, gripper
+        self.residual = nn.Sequential(nn.Linear(8 + chunk_size * 7, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, chunk_size * 8))
+        nn.init.zeros_(self.residual[-1].weight)
+        nn.init.zeros_(self.residual[-1].bias)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("std", torch.ones(8))    # of proprio
+        self.register_buffer("scale", torch.ones(8))  # standard deviation of its change over a chunk
+
+    def analytic(self, proprio, actions):
+        """(B, 8), (B, K, 7) -> (B, K, 8). +-1 commands 5 cm, 0.5 rad in the world frame, fingers fully open or closed."""
+        position, rotation, fingers = proprio.split((3, 3, 2), -1)
+        path = []
+        for action in actions.unbind(1):
+            position = position + self.gain[0] * 0.05 * action[:, :3]
+            rotation = rotation + turn(rotation, self.gain[1] * 0.5 * action[:, 3:6])
+            opened = torch.where(action[:, 6:] < 0, 0.04, 0.0) * fingers.new_tensor([1.0, -1.0])
+            fingers = fingers + self.gain[2] * (opened - fingers)
+            path.append(torch.cat([position, rotation, fingers], -1))
+        return torch.stack(path, 1)
+
+    def forward(self, proprio, actions):
+        """-> (B, K, 8)"""
+        residual = self.residual(torch.cat([(proprio - self.mean) / self.std, actions.flatten(1)], -1))
+        return self.analytic(proprio, actions) + rearrange(residual, "b (k d) -> b k d", d=8) * self.scale
+
+
+def turn(axis_angle, delta):
+    """Change of `axis_angle` (B, 3) when a small world-frame rotation `delta` (B, 3) follows: the inverse left Jacobian of SO(3)."""
+    angle = axis_angle.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    axis = axis_angle / angle
+    c = angle / 2 / torch.tan(angle / 2)
+    return c * delta + (1 - c) * (axis * delta).sum(-1, keepdim=True) * axis - angle / 2 * torch.linalg.cross(axis, delta)
+
+
+def action_map(proprio, camera, size):
+    """Draw gripper poses (B, n, 8) with cameras (B, 3, 4) -> (B, n * 5, size, size): a soft dot for the grip site, one for the tip of
+    each of its axes (10 cm), and the first again times the opening. After EVAC's action map; black where there is no gripper."""
+    position, axis_angle, fingers = proprio.split((3, 3, 2), -1)
+    angle = axis_angle.norm(dim=-1, keepdim=True).clamp(min=1e-6)[..., None]
+    x, y, z = (axis_angle / angle[..., 0]).unbind(-1)
+    o = torch.zeros_like(x)
+    cross = rearrange(torch.stack([o, -z, y, z, o, -x, -y, x, o], -1), "b n (i j) -> b n i j", i=3)
+    rotation = torch.eye(3, device=x.device) + angle.sin() * cross + (1 - angle.cos()) * cross @ cross  # Rodrigues
+    points = torch.cat([position[..., None], position[..., None] + 0.1 * rotation], -1)                   # (B, n, 3, 4)
+    u, v, depth = (camera[:, None, :, :3] @ points + camera[:, None, :, 3:]).unbind(-2)                   # (B, n, 4)
+    cells = (torch.arange(size, device=x.device) + 0.5) / size
+    du, dv = (u / depth)[..., None] - cells, (v / depth)[..., None] - cells                               # (B, n, 4, size)
+    width = 2 * (0.75 / size) ** 2
+    dots = torch.exp(-(dv[..., :, None] ** 2 + du[..., None, :] ** 2) / width)                            # (B, n, 4, size, size)
+    opening = ((fingers[..., 0] - fingers[..., 1]) / 0.08)[..., None, None, None]
+    return torch.cat([dots, dots[:, :, :1] * opening], 2).flatten(1, 2)
+
+
+class WorldSim(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+        self.cfg, levels = cfg, len(cfg.vae_channels)
+        self.vae = AutoencoderKL(in_channels=3 * cfg.patch ** 2, out_channels=3 * cfg.patch ** 2, latent_channels=cfg.latent_channels, block_out_channels=cfg.vae_channels,
+                                 down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, norm_num_groups=8)
+        self.size = cfg.image_size // cfg.patch // 2 ** (levels - 1)
+        maps = 5 * (cfg.frames_per_chunk + 1)
+        levels = len(cfg.channels)
+        self.unet = UNet2DModel(in_channels=(cfg.frames_per_chunk + cfg.memory) * cfg.latent_channels + maps, out_channels=cfg.frames_per_chunk * cfg.latent_channels,
+                                block_out_channels=cfg.channels, layers_per_block=1, down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
+                                class_embed_type="identity", resnet_time_scale_shift="scale_shift", norm_num_groups=8)
+        embedding = 4 * cfg.channels[0]
+        self.action_embedding = nn.Sequential(nn.Linear(8 + cfg.chunk_size * 15, cfg.hidden), nn.SiLU(), nn.Linear(cfg.hidden, embedding))
+        self.dynamics = Dynamics(cfg.chunk_size, cfg.hidden)
+        self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+                                       rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+        self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(cfg.latent_channels, 1, 1))
+        self.register_buffer("change_std", torch.ones(cfg.latent_channels, 1, 1))  # of z_f - z_last
+
+    # ---- frames and latents ----
+    def fold(self, frames):
+        """uint8 (B, 3, H, W) -> [-1, 1] (B, 3 p p, H/p, W/p). Raises UserError on frames of another size."""
+        if frames.shape[1:] != (3, self.cfg.image_size, self.cfg.image_size):
+            raise data.UserError(f"frames are {tuple(frames.shape[1:])}, this simulator was trained on {(3, self.cfg.image_size, self.cfg.image_size)}; pass --image-size {self.cfg.image_size}")
+        return rearrange(frames.float() / 127.5 - 1, "b c (h p) (w q) -> b (c p q) h w", p=self.cfg.patch, q=self.cfg.patch)
+
+    def encode(self, frames):
+        """uint8 (..., 3, H, W) -> (..., C, h, w), standardised."""
+        latents = self.vae.encode(self.fold(frames.flatten(0, -4))).latent_dist.mode()
+        return ((latents - self.latent_mean) / self.latent_std).unflatten(0, frames.shape[:-3])
+
+    def decode(self, latents):
+        """(..., C, h, w) -> uint8 (..., 3, H, W), 255 levels like a real frame."""
+        folded = self.vae.decode(latents.flatten(0, -4) * self.latent_std + self.latent_mean).sample
+        frames = rearrange(folded, "b (c p q) h w -> b c (h p) (w q)", p=self.cfg.patch, q=self.cfg.patch)
+        return ((frames + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).unflatten(0, latents.shape[:-3])
+
+    def vae_loss(self, frames):
+        """Reconstruction of uint8 frames (B, 3, H, W), and a KL term that only keeps the latents bounded."""
+        folded = self.fold(frames)
+        posterior = self.vae.encode(folded).latent_dist
+        error = F.mse_loss(self.vae.decode(posterior.sample()).sample, folded)
+        loss = error + 1e-6 * posterior.kl().mean()
+        return loss, dict(vae_psnr=10 * torch.log10(4 / error.detach()))
+
+    # ---- one chunk ----
+    def remember(self, frames, camera) -> Memory:
+        """Start rollouts at frames uint8 (B, 3, H, W), seen by cameras (B, 3, 4)."""
+        return Memory(self.encode(frames)[:, None], camera)
+
+    def condition(self, recalled, proprio, actions, path, camera):
+        """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> image-like and vector conditions."""
+        at = torch.arange(1, self.cfg.frames_per_chunk + 1) * (self.cfg.chunk_size // self.cfg.frames_per_chunk) - 1  # the actions after which frames are predicted
+        maps = action_map(torch.cat([proprio[:, None], path[:, at]], 1), camera, self.size)
+        moved = (path - proprio[:, None]) / self.dynamics.scale
+        vector = torch.cat([(proprio - self.dynamics.mean) / self.dynamics.std, actions.flatten(1), moved.flatten(1)], -1)
+        return torch.cat([recalled.flatten(1, 2), maps], 1), self.action_embedding(vector)
+
+    def denoise(self, noisy, timestep, spatial, vector):
+        """v-prediction for the scaled changes (B, F C, h, w)."""
+        return self.unet(torch.cat([noisy, spatial], 1), timestep, class_labels=vector).sample
+
+    @torch.no_grad()
+    def predict(self, memory: Memory, proprio, action_chunk, generator=None):
+        """Imagine one chunk: proprio (B, 8), LIBERO actions (B, K, 7) -> frames (B, F, 3, H, W) uint8, proprio (B, 8) after the last action.
+
+        `memory` is extended in place. Every rollout draws its own noise. Raises UserError on another action width or chunk size.
+        """
+        if action_chunk.shape[1:] != (self.cfg.chunk_size, 7):
+            raise data.UserError(f"actions have shape {tuple(action_chunk.shape[1:])}, this simulator was trained on chunks of {(self.cfg.chunk_size, 7)}; pass --chunk-size {self.cfg.chunk_size}")
+        path = self.dynamics(proprio, action_chunk)
+        recalled = memory.latents[:, sparse_memory(memory.latents.shape[1], self.cfg.memory)]
+        conditions = self.condition(recalled, proprio, action_chunk, path, memory.camera)
+        changes = torch.randn(len(proprio), self.cfg.frames_per_chunk * self.cfg.latent_channels, self.size, self.size, generator=generator, device=proprio.device)
+        self.scheduler.set_timesteps(self.cfg.sampling_steps)
+        for t in self.scheduler.timesteps:
+            v = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
+            changes = self.scheduler.step(v, t, changes).prev_sample
+        latents = memory.latents[:, -1:] + rearrange(changes, "b (f c) h w -> b f c h w", f=self.cfg.frames_per_chunk) * self.change_std
+        memory.latents = torch.cat([memory.latents, latents], 1)
+        return self.decode(latents), path[:, -1]
+
+    def loss(self, batch):
+        """batch: recalled (B, M, C, h, w), target (B, F, C, h, w) latents, proprio (B, 8), actions (B, K, 7), path (B, K, 8), camera (B, 3, 4)."""
+        B, noise = len(batch["proprio"]), torch.randn_like
+        level = torch.rand(B, self.cfg.memory, 1, 1, 1, device=batch["proprio"].device) * 2 - 1  # half the memory frames stay clean (EVAC)
+        recalled = batch["recalled"] + level.clamp(min=0) * self.cfg.memory_noise * noise(batch["recalled"])
+        changes = ((batch["target"] - recalled[:, -1:]) / self.change_std).flatten(1, 2)
+        predicted = self.dynamics(batch["proprio"], batch["actions"])
+        conditions = self.condition(recalled, batch["proprio"], batch["actions"], predicted.detach(), batch["camera"])
+        u = torch.rand(B, device=changes.device)
+        u = torch.where(torch.rand_like(u) < self.cfg.pure_noise, 1.0, self.cfg.shift * u / (1 + (self.cfg.shift - 1) * u))
+        timestep, epsilon = (u * 1000).long().clamp(max=999), noise(changes)
+        v = self.denoise(self.scheduler.add_noise(changes, epsilon, timestep), timestep, *conditions)
+        video = F.mse_loss(v, self.scheduler.get_velocity(changes, epsilon, timestep))
+        dynamics = (((predicted - batch["path"]) / self.dynamics.scale) ** 2).mean()
+        return video + dynamics, dict(video=video.detach(), dynamics=dynamics.detach())
+
+
+def sparse_memory(n, size):
+    """Indices of `size` frames out of the n so far: 0, n/3, 2n/3, last for 4 (EVAC)."""
+    return [i * n // (size - 1) for i in range(size - 1)] + [n - 1]
+
+
+def load_world_sim(path, device="cpu") -> WorldSim:
+    """A simulator from `world_sim.pt`, in eval mode. Raises UserError."""
+    checkpoint = data.load_checkpoint(path, "world_sim", device)
+    world_sim = WorldSim(data.from_config(Config, checkpoint["config"]))
+    world_sim.load_state_dict(checkpoint["model"])
+    return world_sim.to(device).eval()
+
+
+@torch.no_grad()
+def open_loop(world_sim, episode, actions=None):
+    """Replay an episode's actions (or others) from its first frame in imagination -> frames (1 + F * chunks, 3, H, W) uint8."""
+    cfg, device = world_sim.cfg, world_sim.latent_mean.device
+    actions = torch.from_numpy(episode.actions if actions is None else actions)
+    hold = actions[-1:] * torch.tensor([0, 0, 0, 0, 0, 0, 1.0])  # the last short chunk stands still
+    actions = torch.cat([actions, hold.repeat(-len(actions) % cfg.chunk_size, 1)]).to(device)
+    start = torch.from_numpy(episode.frames[:1]).to(device)
+    memory = world_sim.remember(start, torch.tensor(episode.camera, dtype=torch.float32, device=device)[None])
+    proprio, frames = torch.from_numpy(episode.proprio[:1]).to(device), [start]
+    for chunk in actions.split(cfg.chunk_size):
+        imagined, proprio = world_sim.predict(memory, proprio, chunk[None])
+        frames.append(imagined[0])
+    return torch.cat(frames).cpu().numpy()
+
+
+# ---- training data -------------------------------------------------------------------------------------------------------
+
+def training_rows(episodes, cfg):
+    """Every chunk with a frame at its start and at each predicted step: (episode, step, history frames, target frames), frames counted over all episodes."""
+    rows, offset, gap = [], 0, cfg.chunk_size // cfg.frames_per_chunk
+    for episode in episodes:
+        index = {int(step): offset + i for i, step in enumerate(episode.frame_steps)}
+        offset += len(episode.frame_steps)
+        for t in index:
+            target = [index.get(t + gap * (f + 1)) for f in range(cfg.frames_per_chunk)]
+            if t + cfg.chunk_size <= len(episode.actions) and None not in target:
+                history = [index[s] for s in range(t % gap, t + 1, gap) if s in index]
+                rows.append((episode, t, history, target))
+    return rows
+
+
+def make_batch(rows, latents, cfg, rng, device):
+    """Sample `batch_size` rows; the history begins at a random frame, as a rollout's may."""
+    picked = [rows[i] for i in rng.integers(len(rows), size=cfg.batch_size)]
+    recalled = []
+    for _, _, history, _ in picked:
+        history = history[-rng.integers(1, len(history) + 1):]
+        recalled.append([history[i] for i in sparse_memory(len(history), cfg.memory)])
+    stack = lambda values: torch.from_numpy(np.stack(values).astype(np.float32)).to(device)
+    return dict(recalled=latents[torch.tensor(recalled)], target=latents[torch.tensor([target for *_, target in picked])],
+                proprio=stack([e.proprio[t] for e, t, *_ in picked]), actions=stack([e.actions[t:t + cfg.chunk_size] for e, t, *_ in picked]),
+                path=stack([e.proprio[t + 1:t + 1 + cfg.chunk_size] for e, t, *_ in picked]), camera=stack([e.camera for e, *_ in picked]))
+
+
+@torch.no_grad()
+def prepare(world_sim, frames, rows):
+    """After the VAE phase: measure the statistics that standardise latents, changes and proprio."""
+    cfg = world_sim.cfg
+    sample = torch.cat([world_sim.encode(part) for part in frames[::4].split(64)])
+    world_sim.latent_mean, world_sim.latent_std = sample.mean((0, 2, 3), keepdim=True)[0], sample.std((0, 2, 3), keepdim=True)[0]
+    some = rows[::max(1, len(rows) // 500)]
+    change = world_sim.encode(frames[[target[-1] for *_, target in some]]) - world_sim.encode(frames[[history[-1] for _, _, history, _ in some]])
+    world_sim.change_std = change.std((0, 2, 3), keepdim=True)[0]
+    proprio = np.stack([e.proprio[t] for e, t, *_ in rows])
+    moved = np.stack([e.proprio[t + cfg.chunk_size] for e, t, *_ in rows]) - proprio
+    as_buffer = lambda x: torch.tensor(x, dtype=torch.float32, device=frames.device)
+    world_sim.dynamics.mean, world_sim.dynamics.std, world_sim.dynamics.scale = as_buffer(proprio.mean(0)), as_buffer(proprio.std(0) + 1e-3), as_buffer(moved.std(0) + 1e-4)
+
+
+def train(cfg: Config):
+    run, device = data.run_dir(cfg), "cuda" if torch.cuda.is_available() else "cpu"
+    path, total = run / "world_sim.pt", cfg.vae_steps + cfg.steps
+    checkpoint, finished = data.resume(path, "world_sim", cfg, device)
+    if finished:
+        return print(f"{path} is finished ({total} steps); delete it to train again")
+    torch.manual_seed(cfg.seed)
+    episodes = data.load_episodes([cfg.demos, run / "explore"] if "explore" in cfg.kinds else cfg.demos, data.parse_tasks(cfg.tasks), cfg.demos_per_task, cfg.kinds, cfg.image_size)
+    held_out = [e for e in episodes if e.held_out]
+    episodes = [e for e in episodes if not e.held_out]
+    frames, rows = torch.from_numpy(np.concatenate([e.frames for e in episodes])).to(device), training_rows(episodes, cfg)
+    world_sim = WorldSim(cfg).to(device)
+    optimizer = torch.optim.AdamW(world_sim.parameters(), lr=cfg.lr, weight_decay=0.01)
+    start, latents = 0, None
+    if checkpoint:
+        world_sim.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
+    print(f"world_sim: VAE {count(world_sim.vae):.1f} M, U-Net {count(world_sim.unet):.1f} M parameters, {len(episodes)} episodes, {len(frames)} frames, "
+          f"{len(rows)} chunks ({len(held_out)} episodes held out), steps {start} to {total}")
+    world_sim.train()
+    began = time.time()
+    for step in (bar := trange(start, total, initial=start, total=total, desc="world_sim", mininterval=2)):
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
+        rng = np.random.default_rng((cfg.seed, step))
+        in_vae_phase = step < cfg.vae_steps
+        if not in_vae_phase and latents is None:
+            if step == cfg.vae_steps:
+                prepare(world_sim, frames, rows)
+            with torch.no_grad():
+                latents = torch.cat([world_sim.encode(part) for part in frames.split(64)])
+        progress = step / cfg.vae_steps if in_vae_phase else (step - cfg.vae_steps) / cfg.steps
+        warm_up = min(1, (step + 1 - (0 if in_vae_phase else cfg.vae_steps)) / 50)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * warm_up * (0.5 + 0.5 * math.cos(math.pi * progress))
+        if in_vae_phase:
+            loss, metrics = world_sim.vae_loss(frames[torch.from_numpy(rng.integers(len(frames), size=cfg.vae_batch)).to(device)])
+        else:
+            loss, metrics = world_sim.loss(make_batch(rows, latents, cfg, rng, device))
+        optimizer.zero_grad(set_to_none=True)  # parameters without gradient are skipped by AdamW: the VAE is frozen in the second phase
+        loss.backward()
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(world_sim.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 20 == 0 or step + 1 == total:
+            bar.set_postfix({k: f"{float(v):.3f}" for k, v in metrics.items()})
+            data.log(run, "world_sim", step + 1, metrics)
+        if (step + 1) % cfg.save_every == 0 or step + 1 in (cfg.vae_steps, total):
+            data.save_checkpoint(path, "world_sim", cfg, world_sim, optimizer=optimizer.state_dict(), step=step + 1, finished=step + 1 == total,
+                                 metrics={k: float(v) for k, v in metrics.items()})
+    world_sim.eval()
+    for episode in (held_out or episodes)[:3]:
+        save_strip(run / f"world_sim_{episode.task}_{episode.index}.png", world_sim, episode)
+    print(f"wrote {path} after {time.time() - began:.0f} s")
+
+
+def save_strip(path, world_sim, episode, columns=10):
+    """Chunk ends of an episode: real above, imagined from its first frame and its actions below."""
+    import imageio
+    gap = world_sim.cfg.chunk_size
+    imagined = open_loop(world_sim, episode)[::world_sim.cfg.frames_per_chunk]
+    real = {int(s) // gap: f for s, f in zip(episode.frame_steps, episode.frames) if s % gap == 0}
+    shown = sorted(real)[::max(1, -(-len(real) // columns))]
+    strip = np.concatenate([np.concatenate([real[i] for i in shown], -1), np.concatenate([imagined[i] for i in shown], -1)], 1)
+    with data.atomic(path) as part:
+        imageio.imwrite(part, np.moveaxis(strip, 0, -1))
+
+
+if __name__ == "__main__":
+    data.command_line(train, PRESETS, __doc__)
