@@ -44,27 +44,29 @@ class Config:
     chunk_size: int = 8  # K, actions per prediction, as the policy's
     frames_per_chunk: int = 1  # F, predicted at equal distances, the last at the chunk's end; EVAC: K
     memory: int = 4  # M, frames the prediction sees: first, sparse ones between, last
-    patch: int = 4  # pixels per side folded into channels before the VAE: cheap resolution
-    vae_channels: tuple[int, ...] = (48, 96)  # per level, each after the first halving the resolution
-    latent_channels: int = 16  # C
-    channels: tuple[int, ...] = (96, 128)  # of the denoising U-Net, per level
+    patch: int = 8  # pixels per side folded into channels before the VAE
+    vae_channels: tuple[int, ...] = ()  # of a convolutional VAE (AutoencoderKL), per level, each after the first halving the size; empty: linear VAE
+    latent_channels: int = 24  # C
+    channels: tuple[int, ...] = (64, 128)  # of the denoising U-Net, per level
     hidden: int = 256  # width of action embedding and proprio residual
     memory_noise: float = 0.2  # largest standard deviation of the noise on memory latents in training
     pure_noise: float = 0.3  # share of training samples that start from noise alone
+    prediction: str = "sample"  # what the U-Net outputs, in diffusers' words: sample (easy where nothing moves) or v_prediction (EVAC)
     shift: float = 4.0  # other samples: timesteps shifted towards high noise
     sampling_steps: int = 3  # DDIM steps; EVAC: 27
-    vae_steps: int = 600  # gradient steps of the VAE
+    vae_steps: int = 0  # gradient steps of a convolutional VAE; the linear one is solved in closed form
     vae_batch: int = 32  # frames per VAE step
-    steps: int = 2000  # then gradient steps of U-Net and dynamics
-    batch_size: int = 32  # B
-    lr: float = 1e-3  # AdamW, linear warm-up, cosine decay, for each of the two phases
+    dynamics_steps: int = 3000  # then gradient steps of the proprio residual, milliseconds each
+    steps: int = 2500  # then gradient steps of the U-Net
+    batch_size: int = 16  # B
+    lr: float = 1e-3  # AdamW, linear warm-up, cosine decay, for each of these phases
     save_every: int = 200  # steps between checkpoints, what a kill can cost
 
 
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, vae_channels=(16, 16), latent_channels=4, channels=(16, 32), hidden=32, sampling_steps=2,
-                    vae_steps=20, vae_batch=8, steps=20, batch_size=8, save_every=10),
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, patch=4, vae_channels=(16, 16), latent_channels=4, channels=(16, 32), hidden=32, sampling_steps=2,
+                    prediction="v_prediction", vae_steps=20, vae_batch=8, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
 }
 
 
@@ -75,23 +77,25 @@ class Memory:
     """What a batch of rollouts has seen so far."""
     latents: torch.Tensor  # (B, n, C, h, w) every frame since the start, in order
     camera: torch.Tensor   # (B, 3, 4) world -> image, `Task.camera`
+    velocity: torch.Tensor  # (B, 8) change of proprio in the last control step
 
     def select(self, rows):
-        return Memory(self.latents[rows], self.camera[rows])
+        return Memory(self.latents[rows], self.camera[rows], self.velocity[rows])
 
 
 class Dynamics(nn.Module):
-    """Proprio after each action: the OSC controller's goal reached in part, plus a learned residual. Lengths in m, angles in rad."""
+    """Proprio after each action: the OSC controller's goal reached in part, plus a learned residual. Lengths in m, angles in rad.
+    The controller lags, so the residual is told how fast the arm already moves."""
 
     def __init__(self, chunk_size, hidden):
         super().__init__()
         self.gain = nn.Parameter(torch.tensor([0.7, 0.7, 0.3]))  # of the commanded step: position, rotation, gripper
-        self.residual = nn.Sequential(nn.Linear(8 + chunk_size * 7, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, chunk_size * 8))
+        self.residual = nn.Sequential(nn.Linear(16 + chunk_size * 7, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, chunk_size * 8))
         nn.init.zeros_(self.residual[-1].weight)
         nn.init.zeros_(self.residual[-1].bias)
         self.register_buffer("mean", torch.zeros(8))
         self.register_buffer("std", torch.ones(8))    # of proprio
-        self.register_buffer("scale", torch.ones(8))  # standard deviation of its change over a chunk
+        self.register_buffer("scale", torch.ones(8))  # of its change over a chunk
 
     def analytic(self, proprio, actions):
         """(B, 8), (B, K, 7) -> (B, K, 8). +-1 commands 5 cm, 0.5 rad in the world frame, fingers fully open or closed."""
@@ -105,9 +109,9 @@ class Dynamics(nn.Module):
             path.append(torch.cat([position, rotation, fingers], -1))
         return torch.stack(path, 1)
 
-    def forward(self, proprio, actions):
-        """-> (B, K, 8)"""
-        residual = self.residual(torch.cat([(proprio - self.mean) / self.std, actions.flatten(1)], -1))
+    def forward(self, proprio, velocity, actions):
+        """(B, 8), (B, 8), (B, K, 7) -> (B, K, 8)"""
+        residual = self.residual(torch.cat([(proprio - self.mean) / self.std, velocity / self.scale, actions.flatten(1)], -1))
         return self.analytic(proprio, actions) + rearrange(residual, "b (k d) -> b k d", d=8) * self.scale
 
 
@@ -138,14 +142,42 @@ def action_map(proprio, camera, size):
     return torch.cat([dots, dots[:, :, :1] * opening], 2).flatten(1, 2)
 
 
+class LinearVAE(nn.Module):
+    """Probabilistic PCA of patches, the optimum of a VAE without hidden layers: (B, D, h, w) <-> (B, C, h, w), one linear map per place.
+
+    What two cores buy: the closed form takes seconds, an AutoencoderKL of the same size learns for an hour to get as close.
+    """
+
+    def __init__(self, inputs, latents, size):
+        super().__init__()
+        self.register_buffer("background", torch.zeros(inputs, size, size))  # mean frame: the cameras stand still
+        self.register_buffer("basis", torch.eye(inputs, latents))
+
+    @torch.no_grad()
+    def fit(self, folded):
+        """folded frames (N, D, h, w)"""
+        self.background.copy_(folded.mean(0))
+        patches = rearrange(folded - self.background, "b d h w -> (b h w) d")
+        self.basis.copy_(torch.linalg.eigh(patches.T @ patches)[1].flip(1)[:, :self.basis.shape[1]])  # by falling variance
+
+    def encode(self, folded):
+        return torch.einsum("bdhw,dc->bchw", folded - self.background, self.basis)
+
+    def decode(self, latents):
+        return torch.einsum("bchw,dc->bdhw", latents, self.basis) + self.background
+
+
 class WorldSim(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
-        self.cfg, levels = cfg, len(cfg.vae_channels)
-        self.vae = AutoencoderKL(in_channels=3 * cfg.patch ** 2, out_channels=3 * cfg.patch ** 2, latent_channels=cfg.latent_channels, block_out_channels=cfg.vae_channels,
-                                 down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, norm_num_groups=8)
-        self.size = cfg.image_size // cfg.patch // 2 ** (levels - 1)
+        self.cfg, levels, folded = cfg, len(cfg.vae_channels), 3 * cfg.patch ** 2
+        self.size = cfg.image_size // cfg.patch // 2 ** max(0, levels - 1)
+        if levels:
+            self.vae = AutoencoderKL(in_channels=folded, out_channels=folded, latent_channels=cfg.latent_channels, block_out_channels=cfg.vae_channels,
+                                     down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, norm_num_groups=8)
+        else:
+            self.vae = LinearVAE(folded, cfg.latent_channels, self.size)
         maps = 5 * (cfg.frames_per_chunk + 1)
         levels = len(cfg.channels)
         self.unet = UNet2DModel(in_channels=(cfg.frames_per_chunk + cfg.memory) * cfg.latent_channels + maps, out_channels=cfg.frames_per_chunk * cfg.latent_channels,
@@ -154,11 +186,12 @@ class WorldSim(nn.Module):
         embedding = 4 * cfg.channels[0]
         self.action_embedding = nn.Sequential(nn.Linear(8 + cfg.chunk_size * 15, cfg.hidden), nn.SiLU(), nn.Linear(cfg.hidden, embedding))
         self.dynamics = Dynamics(cfg.chunk_size, cfg.hidden)
-        self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=cfg.prediction,
                                        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
         self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(cfg.latent_channels, 1, 1))
         self.register_buffer("change_std", torch.ones(cfg.latent_channels, 1, 1))  # of z_f - z_last
+        self.register_buffer("change_weight", torch.ones(cfg.latent_channels, 1, 1))  # of each channel in the loss: what it moves in pixels
 
     # ---- frames and latents ----
     def fold(self, frames):
@@ -169,12 +202,14 @@ class WorldSim(nn.Module):
 
     def encode(self, frames):
         """uint8 (..., 3, H, W) -> (..., C, h, w), standardised."""
-        latents = self.vae.encode(self.fold(frames.flatten(0, -4))).latent_dist.mode()
+        latents = self.vae.encode(self.fold(frames.flatten(0, -4)))
+        latents = latents.latent_dist.mode() if self.cfg.vae_channels else latents
         return ((latents - self.latent_mean) / self.latent_std).unflatten(0, frames.shape[:-3])
 
     def decode(self, latents):
         """(..., C, h, w) -> uint8 (..., 3, H, W), 255 levels like a real frame."""
-        folded = self.vae.decode(latents.flatten(0, -4) * self.latent_std + self.latent_mean).sample
+        folded = self.vae.decode(latents.flatten(0, -4) * self.latent_std + self.latent_mean)
+        folded = folded.sample if self.cfg.vae_channels else folded
         frames = rearrange(folded, "b (c p q) h w -> b c (h p) (w q)", p=self.cfg.patch, q=self.cfg.patch)
         return ((frames + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).unflatten(0, latents.shape[:-3])
 
@@ -189,7 +224,7 @@ class WorldSim(nn.Module):
     # ---- one chunk ----
     def remember(self, frames, camera) -> Memory:
         """Start rollouts at frames uint8 (B, 3, H, W), seen by cameras (B, 3, 4)."""
-        return Memory(self.encode(frames)[:, None], camera)
+        return Memory(self.encode(frames)[:, None], camera, frames.new_zeros(len(frames), 8, dtype=torch.float32))
 
     def condition(self, recalled, proprio, actions, path, camera):
         """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> image-like and vector conditions."""
@@ -200,7 +235,7 @@ class WorldSim(nn.Module):
         return torch.cat([recalled.flatten(1, 2), maps], 1), self.action_embedding(vector)
 
     def denoise(self, noisy, timestep, spatial, vector):
-        """v-prediction for the scaled changes (B, F C, h, w)."""
+        """The U-Net's output (`prediction`) for the scaled changes (B, F C, h, w)."""
         return self.unet(torch.cat([noisy, spatial], 1), timestep, class_labels=vector).sample
 
     @torch.no_grad()
@@ -211,33 +246,41 @@ class WorldSim(nn.Module):
         """
         if action_chunk.shape[1:] != (self.cfg.chunk_size, 7):
             raise data.UserError(f"actions have shape {tuple(action_chunk.shape[1:])}, this simulator was trained on chunks of {(self.cfg.chunk_size, 7)}; pass --chunk-size {self.cfg.chunk_size}")
-        path = self.dynamics(proprio, action_chunk)
+        path = self.dynamics(proprio, memory.velocity, action_chunk)
         recalled = memory.latents[:, sparse_memory(memory.latents.shape[1], self.cfg.memory)]
         conditions = self.condition(recalled, proprio, action_chunk, path, memory.camera)
         changes = torch.randn(len(proprio), self.cfg.frames_per_chunk * self.cfg.latent_channels, self.size, self.size, generator=generator, device=proprio.device)
         self.scheduler.set_timesteps(self.cfg.sampling_steps)
         for t in self.scheduler.timesteps:
-            v = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
-            changes = self.scheduler.step(v, t, changes).prev_sample
+            output = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
+            changes = self.scheduler.step(output, t, changes).prev_sample
         latents = memory.latents[:, -1:] + rearrange(changes, "b (f c) h w -> b f c h w", f=self.cfg.frames_per_chunk) * self.change_std
-        memory.latents = torch.cat([memory.latents, latents], 1)
+        memory.latents, memory.velocity = torch.cat([memory.latents, latents], 1), path[:, -1] - path[:, -2]
         return self.decode(latents), path[:, -1]
 
     def loss(self, batch):
-        """batch: recalled (B, M, C, h, w), target (B, F, C, h, w) latents, proprio (B, 8), actions (B, K, 7), path (B, K, 8), camera (B, 3, 4)."""
+        """batch: recalled (B, M, C, h, w), target (B, F, C, h, w) latents, proprio and velocity (B, 8), actions (B, K, 7), camera (B, 3, 4)."""
         B, noise = len(batch["proprio"]), torch.randn_like
         level = torch.rand(B, self.cfg.memory, 1, 1, 1, device=batch["proprio"].device) * 2 - 1  # half the memory frames stay clean (EVAC)
         recalled = batch["recalled"] + level.clamp(min=0) * self.cfg.memory_noise * noise(batch["recalled"])
         changes = ((batch["target"] - recalled[:, -1:]) / self.change_std).flatten(1, 2)
-        predicted = self.dynamics(batch["proprio"], batch["actions"])
-        conditions = self.condition(recalled, batch["proprio"], batch["actions"], predicted.detach(), batch["camera"])
+        with torch.no_grad():
+            path = self.dynamics(batch["proprio"], batch["velocity"], batch["actions"])
+        conditions = self.condition(recalled, batch["proprio"], batch["actions"], path, batch["camera"])
         u = torch.rand(B, device=changes.device)
         u = torch.where(torch.rand_like(u) < self.cfg.pure_noise, 1.0, self.cfg.shift * u / (1 + (self.cfg.shift - 1) * u))
         timestep, epsilon = (u * 1000).long().clamp(max=999), noise(changes)
-        v = self.denoise(self.scheduler.add_noise(changes, epsilon, timestep), timestep, *conditions)
-        video = F.mse_loss(v, self.scheduler.get_velocity(changes, epsilon, timestep))
-        dynamics = (((predicted - batch["path"]) / self.dynamics.scale) ** 2).mean()
-        return video + dynamics, dict(video=video.detach(), dynamics=dynamics.detach())
+        output = self.denoise(self.scheduler.add_noise(changes, epsilon, timestep), timestep, *conditions)
+        target = changes if self.cfg.prediction == "sample" else self.scheduler.get_velocity(changes, epsilon, timestep)
+        error = ((output - target) ** 2).unflatten(1, (self.cfg.frames_per_chunk, -1)) * self.change_weight
+        loss = error.mean()
+        return loss, dict(video=loss.detach())
+
+    def dynamics_loss(self, batch):
+        """Squared error of proprio after each action, in units of its change over a chunk."""
+        error = (self.dynamics(batch["proprio"], batch["velocity"], batch["actions"]) - batch["path"]) / self.dynamics.scale
+        loss = (error ** 2).mean()
+        return loss, dict(dynamics=loss.detach())
 
 
 def sparse_memory(n, size):
@@ -286,27 +329,33 @@ def training_rows(episodes, cfg):
 
 
 def make_batch(rows, latents, cfg, rng, device):
-    """Sample `batch_size` rows; the history begins at a random frame, as a rollout's may."""
-    picked = [rows[i] for i in rng.integers(len(rows), size=cfg.batch_size)]
-    recalled = []
-    for _, _, history, _ in picked:
-        history = history[-rng.integers(1, len(history) + 1):]
-        recalled.append([history[i] for i in sparse_memory(len(history), cfg.memory)])
+    """Sample `batch_size` rows; the history begins at a random frame, as a rollout's may. Without latents only what `dynamics_loss` needs."""
+    picked = [rows[i] for i in rng.integers(len(rows), size=cfg.batch_size if latents is not None else 256)]
     stack = lambda values: torch.from_numpy(np.stack(values).astype(np.float32)).to(device)
-    return dict(recalled=latents[torch.tensor(recalled)], target=latents[torch.tensor([target for *_, target in picked])],
-                proprio=stack([e.proprio[t] for e, t, *_ in picked]), actions=stack([e.actions[t:t + cfg.chunk_size] for e, t, *_ in picked]),
-                path=stack([e.proprio[t + 1:t + 1 + cfg.chunk_size] for e, t, *_ in picked]), camera=stack([e.camera for e, *_ in picked]))
+    batch = dict(proprio=stack([e.proprio[t] for e, t, *_ in picked]), velocity=stack([e.proprio[t] - e.proprio[max(t - 1, 0)] for e, t, *_ in picked]),
+                 actions=stack([e.actions[t:t + cfg.chunk_size] for e, t, *_ in picked]), path=stack([e.proprio[t + 1:t + 1 + cfg.chunk_size] for e, t, *_ in picked]))
+    if latents is not None:
+        recalled = []
+        for _, _, history, _ in picked:
+            history = history[-rng.integers(1, len(history) + 1):]
+            recalled.append([history[i] for i in sparse_memory(len(history), cfg.memory)])
+        batch |= dict(recalled=latents[torch.tensor(recalled)], target=latents[torch.tensor([target for *_, target in picked])], camera=stack([e.camera for e, *_ in picked]))
+    return batch
 
 
 @torch.no_grad()
 def prepare(world_sim, frames, rows):
     """After the VAE phase: measure the statistics that standardise latents, changes and proprio."""
     cfg = world_sim.cfg
+    if not cfg.vae_channels:
+        world_sim.vae.fit(world_sim.fold(frames[::max(1, len(frames) // 1000)]))
     sample = torch.cat([world_sim.encode(part) for part in frames[::4].split(64)])
     world_sim.latent_mean, world_sim.latent_std = sample.mean((0, 2, 3), keepdim=True)[0], sample.std((0, 2, 3), keepdim=True)[0]
     some = rows[::max(1, len(rows) // 500)]
     change = world_sim.encode(frames[[target[-1] for *_, target in some]]) - world_sim.encode(frames[[history[-1] for _, _, history, _ in some]])
     world_sim.change_std = change.std((0, 2, 3), keepdim=True)[0]
+    weight = world_sim.change_std * world_sim.latent_std
+    world_sim.change_weight = weight / weight.mean()
     proprio = np.stack([e.proprio[t] for e, t, *_ in rows])
     moved = np.stack([e.proprio[t + cfg.chunk_size] for e, t, *_ in rows]) - proprio
     as_buffer = lambda x: torch.tensor(x, dtype=torch.float32, device=frames.device)
@@ -315,7 +364,8 @@ def prepare(world_sim, frames, rows):
 
 def train(cfg: Config):
     run, device = data.run_dir(cfg), "cuda" if torch.cuda.is_available() else "cpu"
-    path, total = run / "world_sim.pt", cfg.vae_steps + cfg.steps
+    path, ends = run / "world_sim.pt", np.cumsum([cfg.vae_steps, cfg.dynamics_steps, cfg.steps]).tolist()
+    total = ends[-1]
     checkpoint, finished = data.resume(path, "world_sim", cfg, device)
     if finished:
         return print(f"{path} is finished ({total} steps); delete it to train again")
@@ -339,28 +389,28 @@ def train(cfg: Config):
     for step in (bar := trange(start, total, initial=start, total=total, desc="world_sim", mininterval=2)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
         rng = np.random.default_rng((cfg.seed, step))
-        in_vae_phase = step < cfg.vae_steps
-        if not in_vae_phase and latents is None:
-            if step == cfg.vae_steps:
-                prepare(world_sim, frames, rows)
+        phase = sum(step >= end for end in ends)  # 0: VAE, 1: dynamics, 2: U-Net
+        if step == ends[0]:
+            prepare(world_sim, frames, rows)
+        if phase == 2 and latents is None:
             with torch.no_grad():
                 latents = torch.cat([world_sim.encode(part) for part in frames.split(64)])
-        progress = step / cfg.vae_steps if in_vae_phase else (step - cfg.vae_steps) / cfg.steps
-        warm_up = min(1, (step + 1 - (0 if in_vae_phase else cfg.vae_steps)) / 50)
+        length = (cfg.vae_steps, cfg.dynamics_steps, cfg.steps)[phase]
+        begin = ends[phase] - length
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * warm_up * (0.5 + 0.5 * math.cos(math.pi * progress))
-        if in_vae_phase:
+            group["lr"] = cfg.lr * min(1, (step - begin + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * (step - begin) / length))
+        if phase == 0:
             loss, metrics = world_sim.vae_loss(frames[torch.from_numpy(rng.integers(len(frames), size=cfg.vae_batch)).to(device)])
         else:
-            loss, metrics = world_sim.loss(make_batch(rows, latents, cfg, rng, device))
-        optimizer.zero_grad(set_to_none=True)  # parameters without gradient are skipped by AdamW: the VAE is frozen in the second phase
+            loss, metrics = (world_sim.dynamics_loss if phase == 1 else world_sim.loss)(make_batch(rows, latents, cfg, rng, device))
+        optimizer.zero_grad(set_to_none=True)  # parameters without gradient are skipped by AdamW: the VAE is frozen later
         loss.backward()
         metrics["grad_norm"] = nn.utils.clip_grad_norm_(world_sim.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % 20 == 0 or step + 1 == total:
+        if (step + 1) % 20 == 0 or step + 1 in ends:
             bar.set_postfix({k: f"{float(v):.3f}" for k, v in metrics.items()})
             data.log(run, "world_sim", step + 1, metrics)
-        if (step + 1) % cfg.save_every == 0 or step + 1 in (cfg.vae_steps, total):
+        if (step + 1) % cfg.save_every == 0 or step + 1 in ends:
             data.save_checkpoint(path, "world_sim", cfg, world_sim, optimizer=optimizer.state_dict(), step=step + 1, finished=step + 1 == total,
                                  metrics={k: float(v) for k, v in metrics.items()})
     world_sim.eval()

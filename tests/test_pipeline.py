@@ -1,0 +1,251 @@
+"""The real commands end to end on real LIBERO at `smoke`; resuming; and every mistake of a user is one line and exit code 2."""
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import policy
+import ppo_loop
+import reflector
+import world_sim
+from conftest import ROOT, write_foreign
+
+TASKS = ["--tasks", "goal:1,7", "--preset", "smoke"]
+BOWL = "put_the_bowl_on_the_stove_demo.hdf5"
+
+
+def run_script(script, *argv):
+    """What `python <script>.py <argv>` does, without the nine seconds of importing torch."""
+    sys.argv = [f"{script.__name__}.py", *map(str, argv)]
+    data.command_line(getattr(script, "main", None) or script.train, script.PRESETS, script.__doc__)
+
+
+# ---- the whole method ----------------------------------------------------------------------------------------------------
+
+def test_one_command_leaves_every_artifact(smoke_run):
+    run = smoke_run.run
+    for name in ("policy_sft.pt", "world_sim.pt", "reflector.pt", "policy_rl.pt", "policy.jsonl", "world_sim.jsonl", "reflector.jsonl", "ppo_loop.jsonl", "episodes.jsonl"):
+        assert (run / name).stat().st_size > 0, name
+    assert len(list((run / "explore").glob("*.hdf5"))) == 10 and len(list(run.glob("world_sim_*.png"))) == 2
+    videos = {path.name.rsplit("_", 1)[0] for path in (run / "videos").glob("*.mp4")}
+    assert videos == {f"real_policy_{kind}_libero_goal_{i}" for kind in ("sft", "rl") for i in (1, 7)} | {"gap_put_the_bowl_on_the_stove", "gap_turn_on_the_stove"}
+    assert len(list((smoke_run.cwd / "data" / "rendered" / "32").rglob("demo_*.hdf5"))) == 4
+    assert not list(smoke_run.cwd.rglob("*.part*"))
+    before, after = (data.load_checkpoint(run / f"policy_{kind}.pt", "policy")["model"] for kind in ("sft", "rl"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert {"llama", "action_head", "scale_out"} <= changed and "tower" not in changed
+
+
+def test_results_carry_their_protocol(smoke_run):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+    result, gap = (json.loads((smoke_run.run / name).read_text(), parse_constant=refuse) for name in ("results.json", "report.json"))
+    assert set(result["policies"]) == {"policy_sft", "policy_rl"} and set(gap) == {"world_sim", "reflector"}
+    for rows in result["policies"].values():
+        assert set(rows["tasks"]) == {"libero_goal:1", "libero_goal:7"} and rows["trials"] == 2 == sum(row["trials"] for row in rows["tasks"].values())
+        assert rows["interval"] == pytest.approx(evaluate.wilson_interval(rows["successes"], 2)) and len(rows["demos"]) == 4
+    assert set(result["protocol"]) == {"stop", "max_steps", "settle_steps", "init_states", "seed", "actions"} and set(result["versions"]) >= {"torch", "mujoco", "robosuite"}
+    assert result["git_commit"] and result["hardware"] and len(result["difference"]) == 3 and result["seconds"]["total"] > 0
+    episodes = data.load_episodes(smoke_run.run / "explore", data.parse_tasks("goal:1,7"), kinds=("explore",))
+    assert result["exploration_episodes"] == len(episodes) == 10 and result["real_interactions"] == sum(len(e.actions) for e in episodes)
+
+
+def test_the_table_names_tasks_stop_rule_and_real_interactions(smoke_run):
+    out, result = smoke_run.out, json.loads((smoke_run.run / "results.json").read_text())
+    for text in ("libero_goal:1 put the bowl on the stove", "libero_goal:7 turn on the stove", "policy_sft", "policy_rl", "stop: oracle", f"{result['real_interactions']} steps"):
+        assert text in out, text
+    assert [line[:5] for line in out.splitlines() if line[:1] == "["] == [f"[{i}/6]" for i in range(1, 7)]
+
+
+def test_the_same_command_again_trains_and_simulates_nothing(smoke_run, monkeypatch, capsys):
+    stamps = lambda: {path: path.stat().st_mtime_ns for path in smoke_run.cwd.rglob("*") if path.suffix in (".pt", ".hdf5", ".jsonl")}
+    before, success = stamps(), json.loads((smoke_run.run / "results.json").read_text())["policies"]
+    monkeypatch.chdir(smoke_run.cwd)
+    run_script(ppo_loop, *TASKS)
+    out = capsys.readouterr().out
+    assert out.count("is finished") == 4 and not any(word in out for word in ("rendering", "exploring:", "evaluating", "wrote"))
+    assert stamps() == before and json.loads((smoke_run.run / "results.json").read_text())["policies"] == success
+
+
+def test_an_exploration_episode_is_the_same_in_whatever_process_and_order(smoke_run, tmp_path):
+    """The first episode of this process against the same one recorded by a worker that had run others before."""
+    cfg, task = dataclasses.replace(evaluate.PRESETS["smoke"], explore=True), data.parse_tasks("goal:7")[0]
+    evaluate._episode_job(cfg, str(smoke_run.run / "policy_sft.pt"), task, 4, str(tmp_path))
+    name = "turn_on_the_stove_4.hdf5"
+    (again,), (recorded,) = data.read_libero_hdf5(tmp_path / name), data.read_libero_hdf5(smoke_run.run / "explore" / name)
+    np.testing.assert_allclose(again.states, recorded.states, atol=1e-6)
+    np.testing.assert_allclose(again.actions, recorded.actions, atol=1e-6)
+    assert np.array_equal(again.frames, recorded.frames)
+
+
+# ---- resuming ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, artifact", [(policy, "policy_sft.pt"), (world_sim, "world_sim.pt"), (reflector, "reflector.pt"), (ppo_loop, "policy_rl.pt")], ids=lambda x: str(x)[:-3] if isinstance(x, str) else "")
+def test_a_run_killed_after_every_checkpoint_ends_bit_for_bit_the_same(smoke_run, monkeypatch, script, artifact):
+    monkeypatch.chdir(smoke_run.cwd)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    save, kills = data.save_checkpoint, 0
+
+    def train(name):
+        if not Path("runs", name).exists():
+            shutil.copytree(smoke_run.run, Path("runs", name), ignore=shutil.ignore_patterns(artifact, "videos"))
+        script.train(dataclasses.replace(script.PRESETS["smoke"], tasks="goal:1,7", run=name))
+
+    def save_and_die(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    stem = Path(artifact).stem
+    train(f"whole_{stem}")
+    monkeypatch.setattr(data, "save_checkpoint", save_and_die)
+    while not kills or not resumed["finished"]:
+        with pytest.raises(KeyboardInterrupt):
+            train(f"killed_{stem}")
+        resumed, kills = data.load_checkpoint(Path("runs", f"killed_{stem}", artifact), stem), kills + 1
+    whole = data.load_checkpoint(Path("runs", f"whole_{stem}", artifact), stem)
+    assert kills >= 2 and resumed["step"] == whole["step"]
+    assert all(torch.equal(resumed["model"][key], value) for key, value in whole["model"].items())
+    for a, b in zip(*(checkpoint["optimizer"]["state"].values() for checkpoint in (resumed, whole))):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """refused(script, *flags) -> the one line that tells the user what is wrong; nothing half-written is left."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+
+    def refused(script, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script(script, *argv)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        assert not list(tmp_path.rglob("*.part*")) and not list(tmp_path.rglob("policy_*.pt.*"))
+        return lines[0]
+    return refused
+
+
+@pytest.mark.parametrize("script", [policy, world_sim, reflector, evaluate, ppo_loop], ids=lambda script: script.__name__)
+def test_wrong_flags(refused, script, capsys):
+    assert "unknown suite 'nonsense'" in refused(script, "--preset", "smoke", "--tasks", "nonsense")
+    assert "unknown preset 'huge'" in refused(script, "--preset", "huge")
+    with pytest.raises(SystemExit) as stop:
+        run_script(script, "--preset", "smoke", "--no-such-flag", "1")
+    assert stop.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_script(script, "--preset=smoke", "--help")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and all("--" + field.name.replace("_", "-") in shown for field in dataclasses.fields(script.Config))
+
+
+def test_wrong_task_index_and_demonstrations_that_are_not_there(refused, tmp_path):
+    assert "has no task 10; expected 0 to 9" in refused(policy, "--preset", "smoke", "--tasks", "goal:10")
+    assert "nowhere not found" in refused(policy, *TASKS, "--demos", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert f"expected {BOWL}" in refused(policy, *TASKS, "--demos", "empty")
+
+
+def damage(cut=None, text=None):
+    def write(path):
+        write_foreign(path, [0], size=32)
+        path.write_bytes(text if text is not None else path.read_bytes()[:cut])
+    return write
+
+
+def without(key):
+    def write(path):
+        write_foreign(path, [0], size=32)
+        with h5py.File(path, "a") as file:
+            del file[key]
+    return write
+
+
+foreign = lambda **arrays: lambda path: write_foreign(path, [0], **(dict(size=32) | arrays))
+
+
+@pytest.mark.parametrize("write, says", [
+    (damage(text=b""), "the file is empty"), (damage(cut=3000), "not a readable LIBERO HDF5 file"), (damage(text=b"not a demonstration"), "not a readable LIBERO HDF5 file"),
+    (without("data/demo_0"), "no demonstrations inside"), (without("data/demo_0/obs/ee_states"), "not a readable LIBERO HDF5 file"),
+    (foreign(actions=np.full((6, 7), np.nan)), "finite and in"), (foreign(actions=np.full((6, 7), 1.2)), "finite and in"), (foreign(actions=np.zeros((6, 8))), "actions have shape (6, 8)"),
+    (foreign(actions=np.zeros((4, 7))), "do not fit together"), (foreign(size=48), "pass --image-size 48"),
+], ids=["empty", "truncated", "text", "no-demos", "no-proprio", "nan", "out-of-range", "width-8", "lengths", "image-size"])
+def test_demonstrations_that_cannot_be_used(refused, tmp_path, write, says):
+    write(tmp_path / "mine" / BOWL)
+    message = refused(policy, "--preset", "smoke", "--tasks", "goal:1", "--demos", "mine")
+    assert says in message and BOWL in message and not list(tmp_path.rglob("*.pt"))
+
+
+def test_missing_checkpoints_name_the_command_that_makes_them(refused, smoke_run, tmp_path):
+    run = tmp_path / "runs" / "goal-1-7-smoke"
+    assert refused(evaluate, *TASKS, "--explore").endswith("run: python policy.py")
+    assert refused(evaluate, *TASKS, "--policy", "runs/goal-1-7-smoke/policy_rl.pt").endswith("run: python ppo_loop.py")
+    assert "run: python world_sim.py" in refused(evaluate, *TASKS, "--report")
+    run.mkdir(parents=True)
+    for name in ("policy_sft.pt", "world_sim.pt"):
+        shutil.copy(smoke_run.run / name, run)
+    assert "run: python reflector.py" in refused(evaluate, *TASKS, "--report") and "run: python reflector.py" in refused(evaluate, *TASKS, "--stop", "reflector")
+    assert "unknown stop rule 'never'" in refused(evaluate, *TASKS, "--stop", "never")
+
+
+def test_wrong_damaged_and_other_checkpoints_are_refused_and_kept(refused, smoke_run, tmp_path):
+    run = tmp_path / "runs" / "goal-1-7-smoke"
+    run.mkdir(parents=True)
+    shutil.copy(smoke_run.run / "policy_sft.pt", run / "world_sim.pt")
+    assert "this is a policy_sft checkpoint, expected world_sim" in refused(world_sim, *TASKS)
+    shutil.copy(smoke_run.run / "world_sim.pt", run / "policy_sft.pt")
+    assert "this is a world_sim checkpoint, expected policy" in refused(evaluate, *TASKS)
+    whole = (smoke_run.run / "reflector.pt").read_bytes()
+    (run / "reflector.pt").write_bytes(whole[:len(whole) // 2])
+    assert "delete it and train that stage again" in refused(reflector, *TASKS)
+    (run / "reflector.pt").write_bytes(whole)
+    assert "lr=0.0005, asked for 0.1" in refused(reflector, *TASKS, "--lr", "0.1") and (run / "reflector.pt").read_bytes() == whole
+
+
+def test_frames_of_another_size_than_the_policy_saw(refused, smoke_run, tmp_path):
+    """Demonstrations of the shipped kind are rendered per size; the user's own are not resized behind his back."""
+    write_foreign(tmp_path / "mine" / BOWL, [0, 1], size=48)
+    write_foreign(tmp_path / "mine" / "turn_on_the_stove_demo.hdf5", [0, 1], size=48)
+    shutil.copytree(smoke_run.run, tmp_path / "runs" / "goal-1-7-smoke", ignore=shutil.ignore_patterns("policy_rl.pt", "world_sim.pt", "videos"))
+    assert "frames are 48x48, expected 32x32" in refused(world_sim, *TASKS, "--demos", "mine")
+
+
+def test_rewards_without_any_spread_stop_the_loop_with_a_message(smoke_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(smoke_run.run, tmp_path / "runs" / "goal-1-7-smoke", ignore=shutil.ignore_patterns("policy_rl.pt", "videos"))
+    (tmp_path / "data").symlink_to(smoke_run.cwd / "data")
+    imagine = ppo_loop.imagine
+    monkeypatch.setattr(ppo_loop, "imagine", lambda *args: dataclasses.replace(imagine(*args), reward=torch.full((8,), 0.5)))
+    with pytest.raises(data.UserError, match="for 2 iterations: nothing to learn from"):
+        ppo_loop.train(dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:1,7", no_spread_limit=2))
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------------
+
+def test_without_egl_one_line_says_what_to_install(tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "data" / "libero_demos.npz", tmp_path / "data")
+    environment = os.environ | dict(MUJOCO_GL="egl", __EGL_VENDOR_LIBRARY_FILENAMES="/nonexistent")
+    done = subprocess.run([sys.executable, ROOT / "policy.py", "--tasks", "goal:7", "--preset", "smoke"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: no off-screen rendering") and "apt-get install libegl1" in message
+    assert not list(tmp_path.rglob("*.part*"))
+
+
+def test_learning_scripts_import_no_simulator():
+    code = "import sys, policy, world_sim, reflector; sys.exit(bool({'mujoco', 'robosuite', 'libero'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

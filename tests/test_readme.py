@@ -1,0 +1,83 @@
+"""What the README says is true: its files, line counts, budgets, commands and figures' sources."""
+import ast
+import importlib
+import io
+import pathlib
+import re
+import shlex
+import tokenize
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = ["data.py", "policy.py", "world_sim.py", "reflector.py", "ppo_loop.py", "evaluate.py"]
+COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.strip().split("\n")]
+
+
+def code_lines(text):
+    """Lines that are neither blank, comment nor docstring."""
+    docstrings = {line for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+                  for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines = {n for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in skip for n in range(t.start[0], t.end[0] + 1)}
+    return len(lines - docstrings)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_file_map_states_the_true_line_count(script):
+    stated = re.search(rf"\| `{script}` \| (\d+) \|", README)
+    assert stated and int(stated[1]) == len((ROOT / script).read_text().splitlines())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_budgets_of_a_file(script):
+    text = (ROOT / script).read_text()
+    assert len(text.splitlines()) <= 500
+    assert max(map(len, text.splitlines())) <= 120
+    assert len(ast.get_docstring(ast.parse(text)).splitlines()) <= 30
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= (100 if node.name == "train" else 60), node.name
+
+
+def test_reading_path_stays_under_a_thousand_code_lines():
+    total = sum(code_lines((ROOT / f).read_text()) for f in ("policy.py", "world_sim.py", "reflector.py", "ppo_loop.py"))
+    assert total < 1000
+    assert f"have {total} lines of code" in " ".join(README.split())
+
+
+def test_the_top_level_holds_no_other_script():
+    assert sorted(p.name for p in ROOT.glob("*.py")) == sorted(SCRIPTS)
+
+
+def test_the_readme_has_commands():
+    assert len([c for c in COMMANDS if c.startswith("python ")]) >= 8
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"python \w+\.py", c)])
+def test_every_command_parses(command):
+    """The script exists and knows every flag and value; what the commands do is run in test_pipeline.py at `smoke`."""
+    import tyro
+    _, script, *arguments = shlex.split(command, comments=True)
+    module = importlib.import_module(script.removesuffix(".py"))
+    cfg = tyro.cli(module.Config, default=module.PRESETS["tiny"], args=arguments)
+    for flag, value in zip(arguments, arguments[1:]):
+        if flag.startswith("--") and not value.startswith("--"):
+            assert str(getattr(cfg, flag[2:].replace("-", "_"))) == value
+
+
+def test_unknown_flags_fail():
+    import tyro
+    with pytest.raises(SystemExit):
+        tyro.cli(importlib.import_module("policy").Config, args=["--no-such-flag", "1"])
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "python -m pytest" in COMMANDS
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("python -m pytest")
+
+
+def test_nothing_names_a_machine():
+    for path in [ROOT / "README.md", ROOT / "requirements.txt", *ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        assert not re.search(r"(?<![\w.])/(root|home)/", path.read_text().replace("(root|home)", "")), path

@@ -1,0 +1,314 @@
+"""The diffusion recipe, the conditions, the dynamics against exact rotations and against MuJoCo; it learns."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+import data
+import world_sim as script
+from conftest import make_episode, make_obs
+
+CFG = script.PRESETS["smoke"]
+K, F = CFG.chunk_size, CFG.frames_per_chunk
+
+
+@pytest.fixture
+def world_sim():
+    torch.manual_seed(0)
+    return script.WorldSim(CFG).eval()
+
+
+@pytest.fixture(scope="module")
+def camera():
+    return torch.tensor(data.parse_tasks("goal:7")[0].camera, dtype=torch.float32)[None]
+
+
+def start(world_sim, camera, same=False, B=2):
+    """Memory, proprio and an action chunk for B rollouts."""
+    obs = {key: value[:1].expand(B, *value.shape[1:]) if same else value for key, value in make_obs(B).items() if key != "instruction"}
+    actions = torch.rand(1, K, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        return world_sim.remember(obs["frames"], camera.expand(B, 3, 4)), obs["proprio"], actions.expand(B, K, 7)
+
+
+# ---- memory and noise ----------------------------------------------------------------------------------------------------
+
+def test_sparse_memory_is_first_thirds_and_last():
+    assert script.sparse_memory(1, 4) == [0, 0, 0, 0]
+    assert script.sparse_memory(10, 4) == [0, 3, 6, 9]
+    assert all(script.sparse_memory(n, 4)[0] == 0 and script.sparse_memory(n, 4)[-1] == n - 1 and np.diff(script.sparse_memory(n, 4)).min() >= 0 for n in range(1, 40))
+
+
+def test_zero_terminal_snr_sampled_from_pure_noise(world_sim):
+    world_sim.scheduler.set_timesteps(CFG.sampling_steps)
+    assert world_sim.scheduler.alphas_cumprod[-1] == 0 and world_sim.scheduler.timesteps[0] == 999
+    assert world_sim.scheduler.config.prediction_type == CFG.prediction == "v_prediction"
+
+
+def exact_output(world_sim, x0, noisy, timestep):
+    """What a perfect U-Net answers when `noisy` came from x0: x0 itself, or the v of the noise between them."""
+    if world_sim.cfg.prediction == "sample":
+        return x0
+    a = world_sim.scheduler.alphas_cumprod[timestep.long()].view(-1, 1, 1, 1)
+    return a.sqrt() * (noisy - a.sqrt() * x0) / (1 - a).sqrt() - (1 - a).sqrt() * x0
+
+
+@pytest.mark.parametrize("sampling_steps", [1, 3])
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_perfect_denoiser_gives_back_the_frames(camera, prediction, sampling_steps, monkeypatch):
+    world_sim = script.WorldSim(dataclasses.replace(CFG, prediction=prediction, sampling_steps=sampling_steps)).eval()
+    world_sim.change_std.fill_(0.5)
+    memory, proprio, actions = start(world_sim, camera)
+    x0 = 4 * torch.randn(2, F * CFG.latent_channels, world_sim.size, world_sim.size)  # beyond [-1, 1]: nothing may clip
+    monkeypatch.setattr(world_sim, "denoise", lambda noisy, timestep, *conditions: exact_output(world_sim, x0, noisy, timestep))
+    last = memory.latents[:, -1:].clone()
+    world_sim.predict(memory, proprio, actions)
+    torch.testing.assert_close(memory.latents[:, 1:], last + 0.5 * x0.unflatten(1, (F, -1)), atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_perfect_denoiser_has_no_loss_whatever_the_noise_on_memory(camera, prediction, monkeypatch):
+    """What `loss` trains is what `predict` integrates: the change of the chunk's frames from the last frame that it was shown."""
+    world_sim = script.WorldSim(dataclasses.replace(CFG, prediction=prediction))
+    batch, C = make_training_batch(world_sim, camera), CFG.latent_channels
+
+    def denoise(noisy, timestep, spatial, vector):
+        shown = spatial[:, None, (CFG.memory - 1) * C:CFG.memory * C]
+        return exact_output(world_sim, ((batch["target"] - shown) / world_sim.change_std).flatten(1, 2), noisy, timestep)
+
+    assert world_sim.loss(batch)[1]["video"] > 0.1
+    monkeypatch.setattr(world_sim, "denoise", denoise)
+    assert world_sim.loss(batch)[1]["video"] < 1e-4
+
+
+def test_identical_rollouts_draw_their_own_noise(world_sim, camera):
+    memory, proprio, actions = start(world_sim, camera, same=True)
+    frames, after = world_sim.predict(memory, proprio, actions)
+    assert not torch.equal(frames[0], frames[1]) and torch.equal(after[0], after[1])
+
+
+def test_same_generator_same_result_and_each_chunk_its_own_noise(world_sim, camera, monkeypatch):
+    def two_chunks(seed):
+        generator, (memory, proprio, actions) = torch.Generator().manual_seed(seed), start(world_sim, camera)
+        return [world_sim.predict(memory, proprio, actions, generator)[0] for _ in range(2)]
+    first, again, other = two_chunks(1), two_chunks(1), two_chunks(2)
+    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
+    noise, normal = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **kwargs: noise.append(normal(*shape, **kwargs)) or noise[-1])
+    two_chunks(1)
+    assert not torch.equal(noise[-1], noise[-2])
+
+
+# ---- predictions ---------------------------------------------------------------------------------------------------------
+
+def test_shapes_and_types(world_sim, camera):
+    memory, proprio, actions = start(world_sim, camera)
+    frames, after = world_sim.predict(memory, proprio, actions)
+    assert frames.shape == (2, F, 3, 32, 32) and frames.dtype == torch.uint8 and after.shape == (2, 8)
+    assert memory.latents.shape[1] == 1 + F
+
+
+def test_frames_heed_the_action_and_earlier_ones_not_later_actions(world_sim, camera):
+    def rollout(*chunks):
+        generator, (memory, proprio, _) = torch.Generator().manual_seed(0), start(world_sim, camera)
+        frames = []
+        for chunk in chunks:
+            imagined, proprio = world_sim.predict(memory, proprio, chunk, generator)
+            frames.append(imagined.clone())
+        return frames, memory.latents
+    actions = start(world_sim, camera)[2]
+    (first, second), latents = rollout(actions, actions)
+    (kept, changed), kept_latents = rollout(actions, -actions)
+    assert torch.equal(first, kept) and torch.equal(latents[:, :1 + F], kept_latents[:, :1 + F]) and not torch.equal(second, changed)
+    assert not torch.equal(rollout(-actions)[0][0], first)
+
+
+def test_each_frame_of_a_chunk_is_shown_the_pose_after_its_own_actions(world_sim, camera):
+    """Frame f of F follows K / F * (f + 1) actions; its part of the action map moves with that pose and with no other."""
+    memory, proprio, actions = start(world_sim, camera)
+    path = proprio[:, None].repeat(1, K, 1)
+    recalled = memory.latents[:, [0] * CFG.memory]
+    maps = lambda path: world_sim.condition(recalled, proprio, actions, path, memory.camera)[0][:, -5 * (F + 1):].unflatten(1, (F + 1, 5))
+    for step in range(K):
+        moved = path.clone()
+        moved[:, step, 1] += 0.2
+        changed = (maps(moved) != maps(path)).flatten(2).any(2).any(0).tolist()
+        assert changed == [False] + [step == K // F * (f + 1) - 1 for f in range(F)]
+
+
+@torch.no_grad()
+def test_rollouts_are_independent_and_select_leaves_the_others_alone(world_sim, camera, monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda *shape, **kwargs: torch.ones(shape))  # the same noise for every row
+    memory, proprio, actions = start(world_sim, camera, B=3)
+    kept = memory.latents.clone()
+    memory.velocity = 0.01 * torch.arange(24.0).view(3, 8)
+    part = memory.select(torch.tensor([2, 0]))
+    world_sim.predict(part, proprio[[2, 0]], actions[[2, 0]])
+    assert torch.equal(memory.latents, kept)
+    world_sim.predict(memory, proprio, actions)
+    torch.testing.assert_close(part.latents, memory.latents[[2, 0]], atol=1e-4, rtol=0)
+    torch.testing.assert_close(part.velocity, memory.velocity[[2, 0]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, K, 8), (2, K + 1, 7)])
+def test_other_robots_and_chunk_sizes_are_the_users_error(world_sim, camera, shape):
+    memory, proprio, _ = start(world_sim, camera)
+    with pytest.raises(data.UserError, match="actions have shape"):
+        world_sim.predict(memory, proprio, torch.zeros(shape))
+
+
+def test_frames_of_another_size_are_the_users_error(world_sim, camera):
+    with pytest.raises(data.UserError, match="image-size 32"):
+        world_sim.remember(make_obs(1, size=48)["frames"], camera)
+
+
+def test_open_loop_gives_the_first_frame_and_F_frames_a_chunk(world_sim):
+    episode = make_episode(T=2 * K + 3)
+    frames = script.open_loop(world_sim, episode)
+    assert frames.shape == (1 + 3 * F, 3, 32, 32) and frames.dtype == np.uint8 and np.array_equal(frames[0], episode.frames[0])
+
+
+# ---- dynamics and action map ---------------------------------------------------------------------------------------------
+
+def test_analytic_step_follows_the_command():
+    dynamics, proprio = script.Dynamics(K, 8), make_obs(1)["proprio"]
+    action = torch.zeros(1, K, 7)
+    action[:, :, 0], action[:, :, 6] = 1, 1
+    path = dynamics.analytic(proprio, action)[0].detach()
+    assert torch.allclose(path[:, 0] - proprio[0, 0], 0.05 * dynamics.gain[0].detach() * torch.arange(1, K + 1)) and torch.allclose(path[:, 1:6], proprio[:, 1:6].expand(K, 5))
+    assert (path[:, 6].diff() < 0).all() and (path[:, 7].diff() > 0).all() and path[-1, 6] < 0.01
+    closed = path[-1:].clone()
+    action[:, :, 6] = -1
+    opened = dynamics.analytic(closed, action)[0].detach()
+    assert (opened[:, 6].diff() > 0).all() and 0.03 < opened[-1, 6] <= 0.04 and -0.04 <= opened[-1, 7] < -0.03
+
+
+@pytest.mark.parametrize("angle", [0.3, 2.5, 3.1, 3.4])
+def test_turn_composes_rotations_in_the_world_frame(angle):
+    rng = np.random.default_rng(0)
+    axis = rng.normal(size=(20, 3))
+    rotation, delta = angle * axis / np.linalg.norm(axis, axis=1, keepdims=True), rng.normal(0, 0.01, (20, 3))
+    turned = rotation + script.turn(torch.tensor(rotation), torch.tensor(delta)).numpy()
+    exact = Rotation.from_rotvec(delta) * Rotation.from_rotvec(rotation)
+    assert (Rotation.from_rotvec(turned) * exact.inv()).magnitude().max() < 1e-3
+
+
+def test_analytic_dynamics_moves_as_mujoco_does(env):
+    """A command in one dimension for a chunk: the same direction and the same order of magnitude as the real controller."""
+    dynamics = script.Dynamics(K, 8)
+    for dim in range(6):
+        before = env.reset(0)["proprio"]
+        actions = np.zeros((K, 7), np.float32)
+        actions[:, dim], actions[:, 6] = 0.2, -1
+        real = env.step_chunk(actions, render=False)[0]["proprio"] - before
+        imagined = (dynamics.analytic(torch.tensor(before)[None], torch.tensor(actions)[None])[0, -1].detach() - torch.tensor(before)).numpy()
+        part = slice(0, 3) if dim < 3 else slice(3, 6)
+        cosine = real[part] @ imagined[part] / np.linalg.norm(real[part]) / np.linalg.norm(imagined[part])
+        assert cosine > 0.9 and 0.25 < np.linalg.norm(real[part]) / np.linalg.norm(imagined[part]) < 1.5, (dim, real, imagined)
+
+
+def test_action_map_peaks_at_the_projected_gripper(camera):
+    proprio = make_obs(4)["proprio"][:, None]
+    maps = script.action_map(proprio, camera.expand(4, 3, 4), 64)
+    for pose, drawn in zip(proprio[:, 0], maps):
+        u, v, depth = camera[0] @ torch.cat([pose[:3], torch.ones(1)])
+        row, column = divmod(int(drawn[0].argmax()), 64)
+        assert abs(column + 0.5 - 64 * u / depth) <= 0.51 and abs(row + 0.5 - 64 * v / depth) <= 0.51 and drawn[0].max() > 0.5
+        torch.testing.assert_close(drawn[4], drawn[0] * (pose[6] - pose[7]) / 0.08)
+
+
+def test_action_map_is_black_when_the_gripper_is_out_of_view(camera):
+    proprio = make_obs(1)["proprio"][:, None]
+    proprio[..., 1] += 3.0
+    assert script.action_map(proprio, camera, 16).max() < 1e-6
+
+
+# ---- learning ------------------------------------------------------------------------------------------------------------
+
+def test_training_rows_pair_frames_actions_and_path():
+    cfg = dataclasses.replace(CFG, batch_size=64)
+    episodes = [make_episode(T=30, seed=0), make_episode(T=22, seed=1)]
+    rows, shown = script.training_rows(episodes, cfg), np.concatenate([e.frame_steps for e in episodes])
+    assert {(e.actions.shape[0], t) for e, t, *_ in rows} == {(30, t) for t in range(0, 23, 4)} | {(22, t) for t in range(0, 13, 4)}
+    for _, t, history, target in rows:
+        assert shown[history].tolist() == list(range(0, t + 1, 4)) and shown[target].tolist() == [t + 4, t + 8]
+    latents = torch.arange(len(shown)).float().view(-1, 1, 1, 1).expand(-1, CFG.latent_channels, 4, 4)
+    batch = script.make_batch(rows, latents, cfg, np.random.default_rng(0), "cpu")
+    assert batch["recalled"].shape == (64, CFG.memory, CFG.latent_channels, 4, 4) and batch["target"].shape[1] == F
+    for recalled, target, proprio, velocity, actions, path in zip(*(batch[key].numpy() for key in ("recalled", "target", "proprio", "velocity", "actions", "path"))):
+        episode = episodes[int(target[0, 0, 0, 0] >= len(episodes[0].frames))]
+        t = int(np.flatnonzero((episode.proprio == proprio).all(1))[0])
+        assert np.array_equal(actions, episode.actions[t:t + K]) and np.array_equal(path, episode.proprio[t + 1:t + 1 + K])
+        assert np.array_equal(velocity, episode.proprio[t] - episode.proprio[t - 1] if t else np.zeros(8))
+        assert shown[int(recalled[-1, 0, 0, 0])] == t and recalled[-1, 0, 0, 0] + 1 == target[0, 0, 0, 0]
+
+
+def make_training_batch(world_sim, camera, B=2):
+    memory, proprio, actions = start(world_sim, camera, B=B)
+    generator = torch.Generator().manual_seed(1)
+    random = lambda n: torch.randn(B, n, CFG.latent_channels, world_sim.size, world_sim.size, generator=generator)
+    return dict(recalled=random(CFG.memory), target=random(F), proprio=proprio, velocity=memory.velocity, actions=actions, camera=memory.camera,
+                path=proprio[:, None] + 0.01 * torch.randn(B, K, 8, generator=generator).cumsum(1))
+
+
+def descend(model, loss, steps=150, lr=3e-3, same_noise=True):
+    """Loss before and after some steps of Adam on one batch."""
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=lr), []
+    for step in range(steps):
+        torch.manual_seed(0 if same_noise else step)
+        value, _ = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses[0], losses[-1]
+
+
+def test_the_vae_overfits_one_batch(world_sim):
+    frames = make_smooth_frames(4)
+    before, after = descend(world_sim, lambda: world_sim.vae_loss(frames), same_noise=False)
+    assert after < before / 10 and round_trip_error(world_sim, frames) < 2 * after  # encode and decode are what was trained
+
+
+def make_smooth_frames(n):
+    return torch.nn.functional.interpolate(make_obs(n, size=4)["frames"].float(), size=32, mode="bilinear").to(torch.uint8)
+
+
+@torch.no_grad()
+def round_trip_error(world_sim, frames):
+    return ((world_sim.decode(world_sim.encode(frames)).float() - frames.float()) / 127.5).square().mean()
+
+
+@torch.no_grad()
+def test_the_linear_vae_keeps_what_varies():
+    """As many latents as directions in which patches vary lose nothing; fewer lose more, the fewer they are."""
+    frames, error = make_smooth_frames(6), []
+    for channels in (48, 6, 2):
+        world_sim = script.WorldSim(dataclasses.replace(CFG, vae_channels=(), latent_channels=channels))
+        world_sim.vae.fit(world_sim.fold(frames))
+        world_sim.latent_mean.fill_(0.3), world_sim.latent_std.fill_(2.0)
+        error.append(float(round_trip_error(world_sim, frames)))
+    assert error[0] < 1e-4 < error[1] < error[2] < frames.float().div(127.5).var()
+
+
+def test_the_unet_overfits_one_batch(world_sim, camera):
+    batch = make_training_batch(world_sim, camera)
+    before, after = descend(world_sim, lambda: world_sim.loss(batch))
+    assert after < before / 5
+
+
+def test_the_dynamics_overfit_one_batch(world_sim, camera):
+    batch = make_training_batch(world_sim, camera)
+    before, after = descend(world_sim, lambda: world_sim.dynamics_loss(batch))
+    assert after < before / 100
+
+
+def test_a_checkpoint_gives_back_the_same_simulator(world_sim, camera, tmp_path):
+    world_sim.latent_mean.fill_(0.3), world_sim.dynamics.scale.fill_(0.1)
+    data.save_checkpoint(tmp_path / "world_sim.pt", "world_sim", CFG, world_sim)
+    loaded = script.load_world_sim(tmp_path / "world_sim.pt")
+    assert not loaded.training and loaded.cfg == CFG
+    for (a, b) in zip(*(model.predict(*start(model, camera), torch.Generator().manual_seed(0)) for model in (world_sim, loaded))):
+        assert torch.equal(a, b)
