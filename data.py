@@ -6,9 +6,7 @@ Everything that crosses a file boundary is fixed here, once:
   proprio   8 floats: eef position (m), eef axis-angle (rad), gripper joint positions (m)
   actions   7 floats in [-1, 1], LIBERO's OSC_POSE convention: +-1 is 5 cm / 0.5 rad; gripper -1 open, +1 close
 Dims: T control steps (20 Hz), F frames that were rendered (at `frame_steps`), H W pixels.
-
-An episode is T actions and T+1 states: action t leads from state t to state t+1. LIBERO's raw HDF5 stores the image *after*
-action t at index t, the regenerated no-noop files the image *before* it; `read_libero_hdf5` returns both aligned as here.
+An episode is T actions and T+1 states: action t leads from state t to state t+1.
 """
 import contextlib
 import dataclasses
@@ -18,7 +16,6 @@ import io
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,10 +28,11 @@ import torch
 from tqdm import tqdm
 
 SUITES = {"goal": "libero_goal", "object": "libero_object", "spatial": "libero_spatial", "long": "libero_10"}
-MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}  # OpenVLA-OFT's protocol
+MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}  # OpenVLA-OFT
 SETTLE_STEPS = 10  # initial states have objects 5 cm above the table
 NO_OP = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 FORMAT = "world-env-1"
+EXPLORE_FIRST = "run: python evaluate.py --explore (or use --kinds expert)"
 # agentview of each scene: position (m) and quaternion (wxyz) as in libero/envs/problems/*.py; field of view 45 degrees
 CAMERAS = {
     "tabletop": ((0.6586131746834771, 0.0, 1.6103500240372423), (0.6380177736, 0.3048497438, 0.3048498631, 0.6380177736)),
@@ -67,10 +65,9 @@ class Task:
         scene = text.split("(problem ")[1].split(")")[0].lower().removeprefix("libero_").removesuffix("_manipulation")
         if scene not in CAMERAS:
             raise UserError(f"{self.name}: scene {scene!r} has no known agentview camera, expected one of {sorted(CAMERAS)}")
-        position, (w, x, y, z) = np.array(CAMERAS[scene][0]), CAMERAS[scene][1]
-        rotation = np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-                             [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-                             [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])  # camera -> world
+        position, (w, *xyz) = np.array(CAMERAS[scene][0]), CAMERAS[scene][1]
+        cross = np.cross(np.eye(3), xyz)
+        rotation = np.eye(3) + 2 * w * cross + 2 * cross @ cross  # camera -> world
         focal = 0.5 / np.tan(np.deg2rad(45) / 2)  # in image heights
         # MuJoCo cameras look along -z with y up; orient() mirrors the columns of the upright picture, hence the minus for x
         intrinsics = np.array([[-focal, 0, -0.5], [0, -focal, -0.5], [0, 0, -1]])
@@ -87,14 +84,14 @@ def libero_suite(name):
         config = Path(os.environ.setdefault("LIBERO_CONFIG_PATH", os.path.expanduser("~/.libero"))) / "config.yaml"
         if not config.exists():
             root = Path(importlib.util.find_spec("libero").submodule_search_locations[0]) / "libero"
-            paths = dict(benchmark_root=root, bddl_files=root / "bddl_files", init_states=root / "init_files", datasets=root / "../datasets", assets=root / "assets")
+            paths = dict(benchmark_root="", bddl_files="bddl_files", init_states="init_files", datasets="../datasets", assets="assets")
             with atomic(config) as part:
-                part.write_text("".join(f"{key}: {value}\n" for key, value in paths.items()))
+                part.write_text("".join(f"{key}: {root / value}\n" for key, value in paths.items()))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from libero.libero import benchmark
         suites = benchmark.get_benchmark_dict()
         if name not in suites:
-            raise UserError(f"unknown suite {name!r}; expected one of {', '.join(SUITES)}, all, or LIBERO's own names such as libero_90")
+            raise UserError(f"unknown suite {name!r}; expected one of {', '.join(SUITES)}, all, or LIBERO's own such as libero_90")
         return suites[name]()
 
 
@@ -113,7 +110,8 @@ def parse_tasks(spec: str) -> list[Task]:
             if not 0 <= i < suite.n_tasks:
                 raise UserError(f"{suite_name} has no task {i}; expected 0 to {suite.n_tasks - 1}")
             task = suite.get_task(i)
-            tasks.append(Task(suite_name, i, task.name, task.language, suite.get_task_bddl_file_path(i), MAX_STEPS.get(suite_name, 300)))
+            bddl, steps = suite.get_task_bddl_file_path(i), MAX_STEPS.get(suite_name, 300)
+            tasks.append(Task(suite_name, i, task.name, task.language, bddl, steps))
     return list(dict.fromkeys(tasks))
 
 
@@ -144,19 +142,12 @@ def orient(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(image[..., ::-1, ::-1, :], -1, -3))
 
 
-def make_proprio(eef_position, eef_quaternion, gripper) -> np.ndarray:
-    """Position (..., 3), quaternion xyzw (..., 4), joints (..., 2) -> (..., 8). The gripper points down, a turn of about pi about x,
-    where axis-angle flips sign between frames; taking the quaternion with x >= 0 keeps it continuous."""
-    q = np.asarray(eef_quaternion, np.float64)
-    q = q * np.where(q[..., :1] < 0, -1, 1)
-    sine = np.linalg.norm(q[..., :3], axis=-1, keepdims=True)
-    axis_angle = q[..., :3] / np.maximum(sine, 1e-8) * 2 * np.arctan2(sine, q[..., 3:])
-    return np.concatenate([eef_position, axis_angle, gripper], -1).astype(np.float32)
-
-
-def axis_angle_to_quaternion(axis_angle):
+def make_proprio(position, axis_angle, gripper) -> np.ndarray:
+    """(..., 3), (..., 3), (..., 2) -> (..., 8). The gripper points down, a turn of about pi about x, where axis-angle flips its sign
+    between frames; of its two equivalent forms the one with x >= 0 is continuous."""
     angle = np.linalg.norm(axis_angle, axis=-1, keepdims=True)
-    return np.concatenate([axis_angle / np.maximum(angle, 1e-8) * np.sin(angle / 2), np.cos(angle / 2)], -1)
+    axis_angle = np.where(axis_angle[..., :1] < 0, axis_angle * (1 - 2 * np.pi / np.maximum(angle, 1e-8)), axis_angle)
+    return np.concatenate([position, axis_angle, gripper], -1).astype(np.float32)
 
 
 @contextlib.contextmanager
@@ -176,8 +167,9 @@ def write_libero_hdf5(path, episode: Episode, suite: str):
     """One episode in LIBERO's layout (images as the raw OpenGL buffer), plus the keys that make it exact: `frame_steps`, `success`."""
     with atomic(path) as part, h5py.File(part, "w") as file:
         data = file.create_group("data")
-        data.attrs.update(format=FORMAT, macros_image_convention="opengl", num_demos=1, total=len(episode.actions), suite=suite, task=episode.task,
-                          source=episode.source, problem_info=json.dumps({"language_instruction": episode.instruction}), versions=json.dumps(versions()))
+        data.attrs.update(format=FORMAT, macros_image_convention="opengl", num_demos=1, total=len(episode.actions), suite=suite,
+                          task=episode.task, source=episode.source, versions=json.dumps(versions()),
+                          problem_info=json.dumps({"language_instruction": episode.instruction}))
         demo = data.create_group(f"demo_{episode.index}")
         demo.attrs["num_samples"] = len(episode.actions)
         raw = np.moveaxis(episode.frames, 1, -1)[:, ::-1, ::-1]
@@ -193,7 +185,7 @@ def open_hdf5(path):
     try:
         with h5py.File(path, "r") as file:
             if "data" not in file or not any(key.startswith("demo_") for key in file["data"]):
-                raise UserError(f"{path}: no demonstrations inside, expected groups data/demo_0, data/demo_1, ... as LIBERO writes them")
+                raise UserError(f"{path}: no demonstrations inside, expected groups data/demo_0, data/demo_1, ... as LIBERO writes")
             yield file["data"]
     except (OSError, KeyError) as error:
         size = Path(path).stat().st_size if Path(path).exists() else None
@@ -207,7 +199,9 @@ def read_libero_hdf5(path, demo_ids=None) -> list[Episode]:
     with open_hdf5(path) as data:
         ours, late = data.attrs.get("format") == FORMAT, "env_args" in data.attrs
         name = data.attrs["task"] if ours else Path(path).stem.removesuffix("_demo")
-        instruction = json.loads(data.attrs["problem_info"])["language_instruction"] if "problem_info" in data.attrs else name.split("SCENE")[-1].lstrip("0123456789").replace("_", " ").strip()
+        instruction = name.split("SCENE")[-1].lstrip("0123456789").replace("_", " ").strip()
+        if "problem_info" in data.attrs:
+            instruction = json.loads(data.attrs["problem_info"])["language_instruction"]
         for key in sorted((k for k in data if k.startswith("demo_")), key=lambda k: int(k[5:])):
             if demo_ids is not None and int(key[5:]) not in demo_ids:
                 continue
@@ -215,7 +209,7 @@ def read_libero_hdf5(path, demo_ids=None) -> list[Episode]:
             actions = demo["actions"][:].astype(np.float32)
             frames = orient(demo["obs/agentview_rgb"][:])
             position, axis_angle = np.split(demo["obs/ee_states"][:], 2, axis=1)
-            proprio = make_proprio(position, axis_angle_to_quaternion(axis_angle), demo["obs/gripper_states"][:])
+            proprio = make_proprio(position, axis_angle, demo["obs/gripper_states"][:])
             states = demo["states"][:] if "states" in demo else np.zeros((0, 0))
             if ours:
                 frame_steps, success = demo["frame_steps"][:], demo["success"][:]
@@ -228,29 +222,39 @@ def read_libero_hdf5(path, demo_ids=None) -> list[Episode]:
                 success[-1] = bool(demo["dones"][-1]) if "dones" in demo else True
             check_actions(actions, f"{path}:{key}")
             if len(proprio) != len(actions) + 1 or frames.ndim != 4 or len(frames) != len(frame_steps):
-                raise UserError(f"{path}:{key}: {len(actions)} actions, {len(proprio)} states and {len(frames)} frames do not fit together; record it again")
-            episodes.append(Episode(frames, frame_steps, proprio, actions, success, states, instruction, name, data.attrs["source"] if ours else "expert", int(key[5:])))
+                raise UserError(f"{path}:{key}: {len(actions)} actions, {len(proprio)} states and {len(frames)} frames do not fit "
+                                "together; record it again")
+            source = data.attrs["source"] if ours else "expert"
+            episodes.append(Episode(frames, frame_steps, proprio, actions, success, states, instruction, name, source, int(key[5:])))
     return episodes
 
 
 def check_actions(actions, where):
     if actions.ndim != 2 or actions.shape[1] != 7:
-        raise UserError(f"{where}: actions have shape {actions.shape}, expected (T, 7) OSC_POSE deltas; other robots and controllers are not supported")
+        raise UserError(f"{where}: actions have shape {actions.shape}, expected (T, 7); only the OSC_POSE controller is supported")
     if not np.isfinite(actions).all() or np.abs(actions).max(initial=0) > 1 + 1e-4:
-        raise UserError(f"{where}: actions must be finite and in [-1, 1], got {actions.min()} to {actions.max()}; normalise them to LIBERO's convention")
+        raise UserError(f"{where}: actions are {actions.min()} to {actions.max()}, expected finite and in [-1, 1]; scale as LIBERO does")
+
+
+def check_frames(frames, image_size, who):
+    """Frames (..., 3, H, W) as they are, or a UserError where the model `who` was trained on another size."""
+    if tuple(frames.shape[-3:]) != (3, image_size, image_size):
+        raise UserError(f"frames are {frames.shape[-1]} pixels wide, this {who} was trained on {image_size}; pass --image-size {image_size}")
+    return frames
 
 
 def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=None) -> list[Episode]:
-    """Episodes of `tasks` below the directories (or files) `demos`, searched for *.hdf5; shipped demonstrations are rendered on first use.
+    """Episodes of `tasks` below directories (or files) `demos`, searched for *.hdf5; shipped demonstrations are rendered on first use.
 
     Of each task's expert demonstrations `np.linspace(0, n-1, demos_per_task)` are taken, of exploration episodes all.
     `image_size` fixes H = W; None takes the files as they are. Raises UserError.
     """
-    roots, by_task = [Path(d) for d in ([demos] if isinstance(demos, (str, Path)) else demos)], {task.name: task for task in tasks}
+    roots = [Path(d) for d in ([demos] if isinstance(demos, (str, Path)) else demos)]
+    by_task = {task.name: task for task in tasks}
     found = {(task.name, kind): [] for task in tasks for kind in kinds}  # -> [(path, demo id)]
     for root in roots:
         if not root.exists():
-            raise UserError(f"{root} not found; --demos takes a directory with LIBERO HDF5 files, or data/ for the shipped demonstrations")
+            raise UserError(f"{root} not found; {EXPLORE_FIRST if root.name == 'explore' else 'data/ has the shipped demonstrations'}")
         if "expert" in kinds and (root / "libero_demos.npz").exists():
             render_demos(root, tasks, image_size or 128, demos_per_task)
         for path in [root] if root.is_file() else sorted(root.rglob("*.hdf5")):
@@ -260,33 +264,36 @@ def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=
                 key = (data.attrs.get("task", path.stem.removesuffix("_demo")), data.attrs.get("source", "expert"))
                 ids = sorted(int(k[5:]) for k in data if k.startswith("demo_"))
                 size = data[f"demo_{ids[0]}/obs/agentview_rgb"].shape[1]
-            if key in found and data_matches(path, size, image_size, root):
-                found[key] += [(path, i) for i in ids]
+            fits = image_size in (None, size)
+            if key not in found or (not fits and (root / "rendered") in path.parents):  # rendered for another preset
+                continue
+            if not fits:
+                raise UserError(f"{path}: frames are {size}x{size}, expected {image_size}x{image_size}; pass --image-size {size}")
+            found[key] += [(path, i) for i in ids]
     episodes = []
     for (name, kind), items in found.items():
         items = sorted(set(items), key=lambda item: (item[1], item[0]))
         if kind == "expert" and not items:
-            raise UserError(f"no demonstrations of {by_task[name].suite}:{by_task[name].index} ({name}) below {', '.join(map(str, roots))}; expected {name}_demo.hdf5")
+            raise UserError(f"no demonstrations of {by_task[name].suite}:{by_task[name].index} below {', '.join(map(str, roots))}; "
+                            f"expected a file {name}_demo.hdf5")
         if kind == "expert":
             items = [items[i] for i in spread(len(items), demos_per_task)]
         episodes += [dataclasses.replace(e, camera=by_task[name].camera) for path, i in items for e in read_libero_hdf5(path, [i])]
     if "explore" in kinds and not any(e.source == "explore" for e in episodes):
-        raise UserError(f"no exploration episodes below {', '.join(map(str, roots))}; run: python evaluate.py --explore (or use --kinds expert)")
+        raise UserError(f"no exploration episodes below {', '.join(map(str, roots))}; {EXPLORE_FIRST}")
     return episodes
+
+
+def training_episodes(cfg, image_size, demos_per_task, kinds):
+    """(training, held-out) episodes of a run: demonstrations below `cfg.demos`, exploration below runs/<run>/explore."""
+    roots = [cfg.demos] + [run_dir(cfg) / "explore"] * ("explore" in kinds)
+    episodes = load_episodes(roots, parse_tasks(cfg.tasks), demos_per_task, kinds, image_size)
+    return [e for e in episodes if not e.held_out], [e for e in episodes if e.held_out]
 
 
 def spread(n, size):
     """`size` of n demonstrations, evenly: np.linspace(0, n-1, size), as RIPT-VLA picks them."""
     return sorted(set(np.linspace(0, n - 1, min(size, n), dtype=int).tolist()))
-
-
-def data_matches(path, size, image_size, root):
-    """Files of another image size: renderings for another preset are skipped, the user's own are an error."""
-    if image_size in (None, size):
-        return True
-    if (root / "rendered") in path.parents:
-        return False
-    raise UserError(f"{path}: frames are {size}x{size}, expected {image_size}x{image_size}; pass --image-size {size} to every script, or render again")
 
 
 # ---- the shipped demonstrations ------------------------------------------------------------------------------------------
@@ -304,34 +311,35 @@ def render_demos(root, tasks, image_size, demos_per_task, workers=2):
     if not jobs:
         return
     total = sum(job[-1] for job in jobs)
-    print(f"rendering {sum(len(job[2]) for job in jobs)} shipped demonstrations at {image_size}x{image_size}: {total} frames, about {total * 0.08 / 60:.0f} min on two cores")
+    print(f"rendering {sum(len(job[2]) for job in jobs)} shipped demonstrations at {image_size}x{image_size}: {total} frames, "
+          f"about {total * 0.08 / 60:.0f} min on two cores")
     with process_pool(min(workers, len(jobs))) as pool, tqdm(total=total, unit="frame", mininterval=2) as bar:
         for done in as_completed(pool.submit(_render_task, *job[:-1]) for job in jobs):
             bar.update(done.result())
 
 
 def _render_task(root, task, indices, image_size):
-    shipped, env, count = np.load(Path(root) / "libero_demos.npz"), LiberoEnv(task, image_size), 0
+    shipped, env = np.load(Path(root) / "libero_demos.npz"), LiberoEnv(task, image_size)
     for i in indices:
         key = f"{task.suite}_{task.index}/"
         states, actions, success = (shipped[f"{key}{name}_{i}"] for name in ("states", "actions", "success"))
-        model = env.sim.model
-        model.body_pos[:], model.body_quat[:] = shipped[f"{key}body_pos_{i}"], shipped[f"{key}body_quat_{i}"]  # fixtures are placed at reset
+        env.sim.model.body_pos[:] = shipped[f"{key}body_pos_{i}"]  # fixtures are placed at reset, in the model
+        env.sim.model.body_quat[:] = shipped[f"{key}body_quat_{i}"]
         frames, proprio = [], []
         for state in states:
             env.set_state(state)
             frames.append(env.render())
             proprio.append(env.proprio())
-        episode = Episode(np.stack(frames), np.arange(len(states)), np.stack(proprio), actions, success, states, task.instruction, task.name, "expert", i)
+        episode = Episode(np.stack(frames), np.arange(len(states)), np.stack(proprio), actions, success, states, task.instruction,
+                          task.name, "expert", i)
         write_libero_hdf5(Path(root) / "rendered" / str(image_size) / task.suite / task.name / f"demo_{i}.hdf5", episode, task.suite)
-        count += len(states)
     env.close()
-    return count
+    return sum(len(shipped[f"{task.suite}_{task.index}/states_{i}"]) for i in indices)
 
 
 def process_pool(workers):
     """Worker processes for the simulator: spawned (forking after torch or OpenGL started is unsafe), one torch thread each."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 
 # ---- the simulator -------------------------------------------------------------------------------------------------------
@@ -344,13 +352,13 @@ class LiberoEnv:
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 from libero.libero.envs.env_wrapper import ControlEnv
-                self.env = ControlEnv(task.bddl_path, use_camera_obs=False, hard_reset=False, ignore_done=True, camera_heights=image_size, camera_widths=image_size)
+                self.env = ControlEnv(task.bddl_path, use_camera_obs=False, hard_reset=False, ignore_done=True,
+                                      camera_heights=image_size, camera_widths=image_size)
         except (ImportError, AttributeError, RuntimeError) as error:
             if "libero" in str(error).lower():
                 raise
-            gl = os.environ["MUJOCO_GL"]
-            raise UserError(f"no off-screen rendering with MUJOCO_GL={gl} ({str(error).splitlines()[0][:100]}); "
-                            "run: apt-get install libegl1 libegl-mesa0 libgl1, or set MUJOCO_GL=osmesa after apt-get install libosmesa6") from None
+            raise UserError(f"no off-screen rendering with MUJOCO_GL={os.environ['MUJOCO_GL']} ({str(error).splitlines()[0][:60]}); "
+                            "run: apt-get install libegl1 libegl-mesa0 libgl1") from None
         self.task, self.image_size, self.init_states = task, image_size, suite.get_task_init_states(task.index)
         self.env.env._observables = {}  # robosuite's observables cost a quarter of a step and nobody here reads them
         self.env.env.visualize({name: False for name in self.env._visualizations})  # no green laser out of the gripper
@@ -388,11 +396,10 @@ class LiberoEnv:
         return orient(self.sim.render(camera_name="agentview", width=self.image_size, height=self.image_size))
 
     def proprio(self) -> np.ndarray:
+        from robosuite.utils.transform_utils import quat2axisangle
         data = self.sim.data
-        return make_proprio(data.site_xpos[self._site], np.roll(data.body_xquat[self._body], -1), data.qpos[self._gripper])
-
-    def success(self) -> bool:
-        return bool(self.env.check_success())
+        axis_angle = quat2axisangle(np.roll(data.body_xquat[self._body], -1))  # MuJoCo's wxyz -> robosuite's xyzw
+        return make_proprio(data.site_xpos[self._site], axis_angle, data.qpos[self._gripper])
 
     def state(self) -> np.ndarray:
         return self.env.get_sim_state()
@@ -408,31 +415,8 @@ class LiberoEnv:
 
 # ---- artifacts: checkpoints, videos, logs, and the command line they share -------------------------------------------------
 
-def train_tokenizer() -> str:
-    """A byte-level BPE tokenizer of LIBERO's own instructions, as JSON: the small presets need no download."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    instructions = [libero_suite(suite).get_task(i).language for suite in [*SUITES.values(), "libero_90"] for i in range(libero_suite(suite).n_tasks)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.train_from_iterator(instructions, trainers.BpeTrainer(vocab_size=1024, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
-                                                                    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return tokenizer.to_str()
-
-
-def load_tokenizer(text: str):
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left")
-
-
 def versions() -> dict:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "diffusers", "mujoco", "robosuite", "numpy")}
-
-
-def git_commit() -> str:
-    """The commit of this code, '+' appended where the work tree differs from it; 'unknown' outside git."""
-    git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    return (git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")) or "unknown"
 
 
 def plain(config) -> dict:
@@ -446,21 +430,23 @@ def save_checkpoint(path, kind, config, model, **extra):
         torch.save(dict(kind=kind, config=plain(config), model=model.state_dict(), versions=versions(), **extra), part)
 
 
-MADE_BY = {"policy_sft": "python policy.py", "policy_rl": "python ppo_loop.py", "world_sim": "python world_sim.py --demos data/", "reflector": "python reflector.py --demos data/"}
+MADE_BY = {"policy_sft": "python policy.py", "policy_rl": "python ppo_loop.py", "world_sim": "python world_sim.py --demos data/",
+           "reflector": "python reflector.py --demos data/"}
 
 
 def load_checkpoint(path, kind, device="cpu") -> dict:
-    """Read what `save_checkpoint` wrote. `kind` is a prefix: 'policy' takes policy_sft and policy_rl. Raises UserError."""
+    """What `save_checkpoint` wrote. `kind` is a prefix: 'policy' takes policy_sft and policy_rl. Raises UserError."""
+    command = MADE_BY.get(Path(path).stem) or next(c for k, c in MADE_BY.items() if k.startswith(kind))
     if not Path(path).exists():
-        command = next((c for k, c in MADE_BY.items() if Path(path).stem == k), next(c for k, c in MADE_BY.items() if k.startswith(kind)))
         raise UserError(f"{path} not found; run: {command}")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         got = checkpoint["kind"]
     except Exception as error:  # torch raises a dozen types for a damaged file
-        raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__}); delete it and train that stage again") from None
+        raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__}); delete it and run: {command}") from None
     if not got.startswith(kind):
-        raise UserError(f"{path}: this is a {got} checkpoint, expected {kind}; pass the file that `{next(c for k, c in MADE_BY.items() if k.startswith(kind))}` wrote")
+        wanted = next(c for k, c in MADE_BY.items() if k.startswith(kind))
+        raise UserError(f"{path}: this is a {got} checkpoint, expected {kind}; pass the file that `{wanted}` wrote")
     return checkpoint
 
 
@@ -490,27 +476,25 @@ def save_video(path, frames, fps=10):
     """frames (T, 3, H, W) uint8 -> mp4."""
     import imageio
     with atomic(path) as part:
-        imageio.mimwrite(part, list(np.moveaxis(np.asarray(frames), 1, -1)), fps=fps, macro_block_size=None, output_params=["-loglevel", "error"])
+        imageio.mimwrite(part, list(np.moveaxis(np.asarray(frames), 1, -1)), fps=fps, macro_block_size=None)
 
 
 def log(run_dir, script, step, metrics):
     """Append one line to <run_dir>/<script>.jsonl."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(run_dir) / f"{script}.jsonl", "a") as file:
-        file.write(json.dumps(dict(step=step, time=round(time.time(), 1), **{k: round(float(v), 6) for k, v in metrics.items()})) + "\n")
+        file.write(json.dumps({"step": step, "time": round(time.time(), 1)} | {k: round(float(v), 6) for k, v in metrics.items()}) + "\n")
 
 
 def command_line(run, presets, description):
     """`--preset` picks the defaults, every other flag is a field of the Config; a UserError is one line and exit code 2."""
     import tyro
-    name = next((b if a == "--preset" else a.split("=", 1)[1] for a, b in zip(sys.argv[1:], sys.argv[2:] + [""]) if a.split("=")[0] == "--preset"), "tiny")
+    words = " ".join(sys.argv[1:]).replace("--preset=", "--preset ").split()
+    name = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "tiny"
     try:
         if name not in presets:
             raise UserError(f"unknown preset {name!r}, expected one of {', '.join(presets)}")
-        torch.set_float32_matmul_precision("high")
         run(tyro.cli(type(presets[name]), default=presets[name], description=description))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

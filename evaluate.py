@@ -10,10 +10,12 @@ Every finished episode is a line of runs/<run>/episodes.jsonl: a killed evaluati
 Only policy queries are rendered, every chunk_size steps: a render costs as much as five control steps.
 Reads: policy_*.pt, world_sim.pt, reflector.pt.  Writes: runs/<run>/results.json, explore/*.hdf5, report.json.
 """
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import subprocess
 import time
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ from tqdm import tqdm
 
 import data
 from policy import load_policy
+from reflector import load_reflector
+from world_sim import load_world_sim, open_loop
 
 
 @dataclass
@@ -76,7 +80,8 @@ def roc_auc(score, label):
     positive, negative = score[label], np.sort(score[~label])
     if not len(positive) or not len(negative):
         return float("nan")
-    return float((np.searchsorted(negative, positive, "left") + np.searchsorted(negative, positive, "right")).mean() / 2 / len(negative))
+    below, not_above = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
+    return float((below + not_above).mean() / 2 / len(negative))
 
 
 def psnr(a, b):
@@ -89,7 +94,10 @@ def psnr(a, b):
 
 @torch.no_grad()
 def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None, explore_scale=None):
-    """Roll `policy` in `env` -> (record, Episode or None). `judge(frames (T, 3, H, W) so far, step) -> p_success, stop` ends it at `--stop reflector`."""
+    """Roll `policy` in `env` -> record and, exploring, the Episode, else its frames.
+
+    `judge(frames (T, 3, H, W) so far, step) -> p_success, stop` ends the episode with `--stop reflector`.
+    """
     torch.manual_seed(cfg.seed * 1_000_003 + (init_index if seed is None else seed))
     exploring = explore_scale is not None
     policy.noise_scale = explore_scale or 1.0
@@ -98,10 +106,11 @@ def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None
         max_steps = int(env.task.max_steps * cfg.explore_horizon)
     obs = env.reset(init_index, seed)
     frames, frame_steps, proprio, actions, states = [obs["frames"]], [0], [env.proprio()], [], [env.state()]
-    success, stopped, p_success = [env.success()], False, 0.0
+    success, stopped, p_success = [bool(env.env.check_success())], False, 0.0
     while len(actions) < max_steps and not stopped:
-        batch = dict(frames=torch.from_numpy(obs["frames"])[None], proprio=torch.from_numpy(obs["proprio"])[None], instruction=[obs["instruction"]])
-        chunk = policy.to_env(policy.act(batch, deterministic=not (exploring or cfg.sample))[0])[0].numpy()[:max_steps - len(actions)]
+        batch = {key: torch.from_numpy(obs[key])[None] for key in ("frames", "proprio")} | dict(instruction=[obs["instruction"]])
+        chunk = policy.to_env(policy.act(batch, deterministic=not (exploring or cfg.sample))[0])
+        chunk = chunk[0].numpy()[:max_steps - len(actions)]
         for piece in (np.split(chunk, range(cfg.frame_every, len(chunk), cfg.frame_every)) if exploring else [chunk]):
             for action in piece:
                 _, ok = env.step_chunk(action[None], render=False)
@@ -120,63 +129,76 @@ def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None
             stopped = len(actions) >= np.argmax(success) + cfg.past_success
         if judge and cfg.stop == "reflector" and not exploring:
             p_success, stopped = judge(np.stack(frames), len(actions))
-    record = dict(task=f"{env.task.suite}:{env.task.index}", init_index=init_index, seed=seed, stop=cfg.stop, steps=len(actions), success=bool(success[-1]),
-                  ever_success=any(success), p_success=round(float(p_success), 4), noise_scale=explore_scale or 0)
+    record = dict(task=f"{env.task.suite}:{env.task.index}", init_index=init_index, seed=seed, stop=cfg.stop, steps=len(actions),
+                  success=bool(success[-1]), ever_success=any(success), p_success=round(float(p_success), 4),
+                  noise_scale=explore_scale or 0)
     if not exploring:
         return record, np.stack(frames)
-    return record, data.Episode(np.stack(frames), np.array(frame_steps), np.stack(proprio), np.array(actions, np.float32), np.array(success), np.stack(states),
-                                env.task.instruction, env.task.name, "explore", seed - EXPLORE_SEED)
+    return record, data.Episode(np.stack(frames), np.array(frame_steps), np.stack(proprio), np.array(actions, np.float32),
+                                np.array(success), np.stack(states), env.task.instruction, env.task.name, "explore",
+                                seed - EXPLORE_SEED)
 
 
-@functools.lru_cache(maxsize=10)
-def _cached_env(task, image_size):
-    return data.LiberoEnv(task, image_size)
+_cached_policy, _cached_reflector = functools.lru_cache(2)(load_policy), functools.lru_cache(1)(load_reflector)
+_cached_env = {}  # the one environment a worker keeps open; each takes over a gigabyte
 
 
-_cached_policy = functools.lru_cache(maxsize=2)(load_policy)
-
-
-@functools.lru_cache(maxsize=1)
-def _cached_judge(path, instruction):
-    from reflector import load_reflector
-    return load_reflector(path).judge(instruction)
+def _open_env(task, image_size):
+    if (task, image_size) not in _cached_env:
+        for env in _cached_env.values():
+            env.close()
+        _cached_env.clear()
+        _cached_env[task, image_size] = data.LiberoEnv(task, image_size)
+    return _cached_env[task, image_size]
 
 
 def _episode_job(cfg, policy_path, task, index, out):
     """Runs in a worker: one exploration episode to an HDF5 file, or one evaluation episode with its frames kept for a video."""
     policy = _cached_policy(policy_path)
-    env = _cached_env(task, policy.cfg.image_size)
+    env = _open_env(task, policy.cfg.image_size)
     if cfg.explore:
-        record, episode = run_episode(env, policy, cfg, seed=EXPLORE_SEED + index, explore_scale=cfg.noise_scales[index % len(cfg.noise_scales)])
+        scale = cfg.noise_scales[index % len(cfg.noise_scales)]
+        record, episode = run_episode(env, policy, cfg, seed=EXPLORE_SEED + index, explore_scale=scale)
         data.write_libero_hdf5(Path(out) / f"{task.name}_{index}.hdf5", episode, task.suite)
         return record
-    judge = _cached_judge(str(Path(out) / "reflector.pt"), task.instruction) if cfg.stop == "reflector" else None
+    judge = _cached_reflector(str(Path(out) / "reflector.pt")).judge(task.instruction) if cfg.stop == "reflector" else None
     record, frames = run_episode(env, policy, cfg, init_index=index, judge=judge)
     data.save_video(Path(out) / "videos" / f"real_{Path(policy_path).stem}_{task.suite}_{task.index}_{index}.mp4", frames)
     return record
 
 
+def read_records(path):
+    """The records of a jsonl file; a line that a kill cut short is not one."""
+    records = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
 # ---- success rates ---------------------------------------------------------------------------------------------------------
 
 def evaluate_policy(policies, cfg: Config) -> dict:
-    """Success of checkpoint files `policies` on the same official initial states -> {path: {task: {successes, trials, interval, steps}}}."""
+    """Success of checkpoint files on the same official initial states -> {path: {task: {successes, trials, interval, ...}}}."""
     tasks, run = data.parse_tasks(cfg.tasks), data.run_dir(cfg)
     if cfg.stop not in ("oracle", "horizon", "reflector"):
         raise data.UserError(f"unknown stop rule {cfg.stop!r}, expected oracle, horizon or reflector")
     for path in policies:
         data.load_checkpoint(path, "policy")
+    # a finished episode counts only for the very same weights and settings
+    digest = lambda path: hashlib.sha1(Path(path).read_bytes()).hexdigest()[:12]
+    settings = f"{cfg.stop}-{cfg.max_steps}-{cfg.sample}-{cfg.seed}"
     if cfg.stop == "reflector":
         data.load_checkpoint(run / "reflector.pt", "reflector")
-    # a finished episode counts only for the very same weights and settings
-    stamp = {p: hashlib.sha1(Path(p).read_bytes()).hexdigest()[:12] + f"-{cfg.stop}-{cfg.max_steps}-{cfg.sample}-{cfg.seed}" for p in policies}
-    finished, log = {}, run / "episodes.jsonl"
-    if log.exists():
-        finished = {(r["stamp"], r["task"], r["init_index"]): r for r in map(json.loads, log.read_text().splitlines())}
+        settings += "-" + digest(run / "reflector.pt")
+    stamp, log = {p: f"{digest(p)}-{settings}" for p in policies}, run / "episodes.jsonl"
+    finished = {(r["stamp"], r["task"], r["init_index"]): r for r in read_records(log)}
     jobs = [(p, task, i) for task in tasks for i in range(cfg.episodes) for p in policies]
     key = lambda p, task, i: (stamp[p], f"{task.suite}:{task.index}", i)
     todo = [job for job in jobs if key(*job) not in finished]
     if todo:
-        print(f"evaluating {len(todo)} episodes in LIBERO ({len(jobs) - len(todo)} already done), about {len(todo) * 8 / cfg.workers / 60:.0f} min")
+        print(f"evaluating {len(todo)} episodes in LIBERO ({len(jobs) - len(todo)} already done), "
+              f"about {len(todo) * 8 / cfg.workers / 60:.0f} min")
         with data.process_pool(min(cfg.workers, len(todo))) as pool, tqdm(total=len(todo), unit="episode", mininterval=2) as bar:
             futures = {pool.submit(_episode_job, cfg, p, task, i, str(run)): (p, task, i) for p, task, i in todo}
             for future in as_completed(futures):
@@ -192,31 +214,44 @@ def evaluate_policy(policies, cfg: Config) -> dict:
         for task in tasks:
             records = [finished[key(p, task, i)] for i in range(cfg.episodes)]
             successes = sum(r["success"] for r in records)
-            table[p][f"{task.suite}:{task.index}"] = dict(instruction=task.instruction, successes=successes, trials=len(records), interval=wilson_interval(successes, len(records)),
-                                                          success=[r["success"] for r in records], mean_steps=float(np.mean([r["steps"] for r in records])))
+            table[p][f"{task.suite}:{task.index}"] = dict(
+                instruction=task.instruction, successes=successes, trials=len(records), success=[r["success"] for r in records],
+                interval=wilson_interval(successes, len(records)), mean_steps=float(np.mean([r["steps"] for r in records])))
     return table
+
+
+def git_commit() -> str:
+    """The commit of this code, '+' appended where the work tree differs from it; 'unknown' outside git."""
+    git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return (git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")) or "unknown"
 
 
 def summary(table, cfg: Config) -> dict:
     """What a result must carry: counts, intervals, the protocol, versions, hardware."""
     tasks = data.parse_tasks(cfg.tasks)
-    out = dict(protocol=dict(stop=cfg.stop, max_steps=[cfg.max_steps or t.max_steps for t in tasks], settle_steps=data.SETTLE_STEPS, init_states=list(range(cfg.episodes)),
-                             seed=cfg.seed, actions="sampled" if cfg.sample else "deterministic"),
-               versions=data.versions(), git_commit=data.git_commit(), hardware=f"{os.cpu_count()} CPU cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}",
-               policies={})
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    out = dict(protocol=dict(stop=cfg.stop, max_steps=[cfg.max_steps or t.max_steps for t in tasks], settle_steps=data.SETTLE_STEPS,
+                             init_states=list(range(cfg.episodes)), seed=cfg.seed,
+                             actions="sampled" if cfg.sample else "deterministic"),
+               versions=data.versions(), git_commit=git_commit(), hardware=f"{os.cpu_count()} CPU cores, {gpu}", policies={})
     for path, rows in table.items():
         successes, trials = sum(r["successes"] for r in rows.values()), sum(r["trials"] for r in rows.values())
         checkpoint = data.load_checkpoint(path, "policy")
-        out["policies"][Path(path).stem] = dict(file=str(path), successes=successes, trials=trials, interval=wilson_interval(successes, trials), tasks=rows, demos=checkpoint["demos"])
+        out["policies"][Path(path).stem] = dict(file=str(path), successes=successes, trials=trials, demos=checkpoint["demos"],
+                                                interval=wilson_interval(successes, trials), tasks=rows)
     return out
 
 
 def print_table(result):
     """One line per task, one column per policy: successes/trials [Wilson 95 % interval]."""
-    names, cell = list(result["policies"]), lambda r: f"{r['successes']:3d}/{r['trials']:<3d} {100 * r['successes'] / r['trials']:5.1f} % [{100 * r['interval'][0]:4.1f}, {100 * r['interval'][1]:4.1f}]"
+    def cell(row):
+        rate, low, high = (100 * x for x in (row["successes"] / row["trials"], *row["interval"]))
+        return f"{row['successes']:3d}/{row['trials']:<3d} {rate:5.1f} % [{low:4.1f}, {high:4.1f}]"
+    names = list(result["policies"])
     print(f"\n{'real LIBERO, stop: ' + result['protocol']['stop']:44s}" + "".join(f"{n:32s}" for n in names))
     for task, row in result["policies"][names[0]]["tasks"].items():
-        print(f"{task + ' ' + row['instruction'][:28]:44s}" + "".join(f"{cell(result['policies'][n]['tasks'][task]):32s}" for n in names))
+        cells = [cell(result["policies"][n]["tasks"][task]) for n in names]
+        print(f"{task + ' ' + row['instruction'][:28]:44s}" + "".join(f"{c:32s}" for c in cells))
     print(f"{'all':44s}" + "".join(f"{cell(result['policies'][n]):32s}" for n in names))
 
 
@@ -237,14 +272,14 @@ def explore(cfg: Config):
                 bar.update()
                 data.log(run, "explore", record["seed"], {k: record[k] for k in ("steps", "success", "ever_success", "noise_scale")})
     episodes = data.load_episodes(out, tasks, kinds=("explore",))
-    print(f"{len(episodes)} exploration episodes in {out}, {sum(bool(e.success.any()) for e in episodes)} with success, {sum(len(e.actions) for e in episodes)} real interactions")
+    print(f"{len(episodes)} exploration episodes in {out}, {sum(bool(e.success.any()) for e in episodes)} with success, "
+          f"{sum(len(e.actions) for e in episodes)} real interactions")
 
 
 # ---- the reality gap -------------------------------------------------------------------------------------------------------
 
 def evaluate_world_sim(world_sim, episodes, horizons=(8, 32, 64)) -> dict:
     """Replay held-out actions in imagination: PSNR (dB) by horizon, against the frozen first frame and against shuffled actions."""
-    from world_sim import open_loop
     rng, rows = np.random.default_rng(0), {h: [] for h in horizons}
     for episode in episodes:
         step_of = {int(s): i for i, s in enumerate(episode.frame_steps)}
@@ -258,11 +293,12 @@ def evaluate_world_sim(world_sim, episodes, horizons=(8, 32, 64)) -> dict:
         for h in usable:
             real, i = episode.frames[step_of[h]], h // K * world_sim.cfg.frames_per_chunk
             rows[h].append([psnr(imagined[i], real), psnr(episode.frames[0], real), psnr(other[i], real)])
-    return {f"psnr_{name}_{h}": float(np.mean([r[k] for r in rows[h]])) for h in horizons if rows[h] for k, name in enumerate(("imagined", "frozen", "shuffled"))}
+    mean = {h: np.mean(rows[h], 0).tolist() for h in horizons if rows[h]}
+    return {f"psnr_{name}_{h}": mean[h][k] for h in mean for k, name in enumerate(("imagined", "frozen", "shuffled"))}
 
 
 def evaluate_reflector(reflector, episodes, threshold=None) -> dict:
-    """ROC AUC of per-frame success, and what the stop rule would do: share of failures stopped, of successes found, delay in control steps."""
+    """ROC AUC of per-frame success, and what stopping would do: share of failures stopped, of successes found, delay in steps."""
     p, label, false_stop, found, delay = [], [], [], [], []
     for episode in episodes:
         score, truth = reflector.score(episode), episode.success[episode.frame_steps]
@@ -281,8 +317,6 @@ def evaluate_reflector(reflector, episodes, threshold=None) -> dict:
 
 def report(cfg: Config):
     """The reality gap on held-out exploration episodes, printed and written to report.json."""
-    from reflector import load_reflector
-    from world_sim import load_world_sim, open_loop
     run = data.run_dir(cfg)
     world_sim, reflector = load_world_sim(run / "world_sim.pt"), load_reflector(run / "reflector.pt")
     episodes = [e for e in data.load_episodes(run / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",)) if e.held_out]
@@ -291,7 +325,8 @@ def report(cfg: Config):
         K = world_sim.cfg.chunk_size
         imagined = open_loop(world_sim, episode)[::world_sim.cfg.frames_per_chunk]
         steps = [i for i, s in enumerate(episode.frame_steps) if s % K == 0][:len(imagined)]
-        data.save_video(run / "videos" / f"gap_{episode.task}_{episode.index}.mp4", np.concatenate([episode.frames[steps], imagined[:len(steps)]], -1))
+        side_by_side = np.concatenate([episode.frames[steps], imagined[:len(steps)]], -1)  # real | imagined
+        data.save_video(run / "videos" / f"gap_{episode.task}_{episode.index}.mp4", side_by_side, fps=4)
     print(json.dumps(result, indent=1))
     with data.atomic(run / "report.json") as part:
         part.write_text(json.dumps(result, indent=1))

@@ -1,7 +1,7 @@
 """The policy: OpenVLA-OFT with a Laplace scale head, and its supervised fine-tuning (SFT) on a few demonstrations.
 
 One forward pass predicts a whole chunk of K actions (parallel decoding, OpenVLA-OFT arXiv 2502.19645):
-  [BOS] [image patches] [proprio] [prompt] [K * tokens_per_action placeholders, zero embeddings]  ->  Llama, every token sees every token
+  [BOS] [image patches] [proprio] [prompt] [K * tokens_per_action placeholders, zero embeddings]  ->  Llama, all see all
   the hidden states from the last prompt token on (one to the left of the placeholders) -> MLPResNet -> loc (B, K, 7)
 A second head gives the log of a Laplace scale, so that the policy has a density (World-Env arXiv 2509.24948, section 3):
   p(a | o) = prod_d Laplace(a_d; loc_d, exp(log_scale_d))                       sampled, stored and updated with the same formula
@@ -59,7 +59,8 @@ class Config:
 
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=1, heads=2, steps=20, scale_steps=5, batch_size=16, save_every=10),
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=1, heads=2, steps=20,
+                    scale_steps=5, batch_size=16, save_every=10),
 }
 
 
@@ -87,15 +88,17 @@ class Policy(nn.Module):
     def __init__(self, cfg: Config, tokenizer, stats=None):
         super().__init__()
         from transformers import LlamaConfig, LlamaModel, ResNetConfig, ResNetModel
-        self.cfg, self.tokenizer, self.noise_scale = cfg, tokenizer, 1.0  # noise_scale multiplies the scale, in sampling and in density
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.noise_scale = 1.0  # multiplies the Laplace scale, in sampling and in density
         D = cfg.width
-        self.tower = ResNetModel(ResNetConfig(embedding_size=cfg.tower[0], hidden_sizes=list(cfg.tower), depths=[1] * len(cfg.tower), layer_type="basic"))
+        self.tower = ResNetModel(ResNetConfig(embedding_size=cfg.tower[0], hidden_sizes=list(cfg.tower), depths=[1] * len(cfg.tower),
+                                              layer_type="basic"))
         patches = (cfg.image_size // 2 ** (len(cfg.tower) + 1)) ** 2
         self.projector = nn.Sequential(nn.Linear(cfg.tower[-1], D), nn.GELU(), nn.Linear(D, D))
         self.patch_position = nn.Parameter(torch.randn(patches, D) * 0.02)  # a convolution does not know where it is
         self.proprio_projector = nn.Sequential(nn.Linear(8, D), nn.GELU(), nn.Linear(D, D))
-        self.llama = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), hidden_size=D, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
-                                            intermediate_size=D * 8 // 3, max_position_embeddings=2048))
+        self.llama = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), hidden_size=D, intermediate_size=D * 8 // 3,
+                                            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads))
         self.action_head = MLPResNet(cfg.tokens_per_action * D, D, 7)
         self.scale_trunk = MLPResNet(cfg.tokens_per_action * D, D, D)
         self.scale_out = nn.Linear(D, 7)
@@ -115,10 +118,8 @@ class Policy(nn.Module):
 
     def hidden(self, obs):
         """-> (B, K, tokens_per_action * D), what both heads read."""
-        cfg, frames = self.cfg, obs["frames"]
-        if frames.shape[1:] != (3, cfg.image_size, cfg.image_size):
-            raise data.UserError(f"frames are {tuple(frames.shape[1:])}, this policy was trained on {(3, cfg.image_size, cfg.image_size)}; pass --image-size {cfg.image_size}")
-        images = self.augment(frames.float() / 255)
+        cfg = self.cfg
+        images = self.augment(data.check_frames(obs["frames"], cfg.image_size, "policy").float() / 255)
         patches = self.tower(images * 2 - 1).last_hidden_state                                       # (B, C, h, w)
         patches = self.projector(rearrange(patches, "b c h w -> b (h w) c")) + self.patch_position   # (B, P, D)
         proprio = self.proprio_projector(normalise(obs["proprio"], self.proprio_bounds))[:, None]    # (B, 1, D)
@@ -131,15 +132,17 @@ class Policy(nn.Module):
         # additive, never bool: eager attention adds a bool mask as 0 / 1
         mask = torch.zeros(seen.shape, device=x.device).masked_fill(seen == 0, torch.finfo(torch.float32).min)
         mask = repeat(mask, "b k -> b 1 q k", q=x.shape[1])
-        states = self.llama(inputs_embeds=x, attention_mask=mask, position_ids=(seen.cumsum(1) - 1).clamp(min=0), use_cache=False).last_hidden_state
+        positions = (seen.cumsum(1) - 1).clamp(min=0)
+        states = self.llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
         return rearrange(states[:, -slots.shape[1] - 1:-1], "b (k n) d -> b k (n d)", k=cfg.chunk_size)
 
     def tokens(self, instructions):
-        batch = self.tokenizer([self.cfg.prompt.format(text.lower()) for text in instructions], padding=True, return_tensors="pt", add_special_tokens=False)
-        return batch["input_ids"].to(self.patch_position.device), batch["attention_mask"].to(self.patch_position.device)
+        prompts = [self.cfg.prompt.format(text.lower()) for text in instructions]
+        batch = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.patch_position.device)
+        return batch["input_ids"], batch["attention_mask"]
 
     def augment(self, images):
-        """Crop of `crop_area` at a random place, brightness, contrast, saturation in training; the centre crop otherwise. (B, 3, H, W) in [0, 1]."""
+        """(B, 3, H, W) in [0, 1]: in training a random crop of `crop_area`, brightness, contrast, saturation; else the centre crop."""
         B, side = len(images), self.cfg.crop_area ** 0.5
         shift, gain = torch.zeros(B, 2), torch.ones(3, B, 1, 1, 1)
         if self.training:
@@ -147,11 +150,12 @@ class Policy(nn.Module):
             gain = 1 + (torch.rand(3, B, 1, 1, 1) * 2 - 1) * self.cfg.jitter
         shift, (bright, contrast, saturation) = shift.to(images.device), gain.to(images.device)
         affine = torch.cat([repeat(torch.eye(2, device=images.device) * side, "i j -> b i j", b=B), shift[..., None]], 2)
-        images = F.grid_sample(images, F.affine_grid(affine, images.shape, align_corners=False), align_corners=False, padding_mode="border")
+        grid = F.affine_grid(affine, images.shape, align_corners=False)
+        images = F.grid_sample(images, grid, align_corners=False, padding_mode="border")
         if self.training:
             images = images * bright
-            images = (images - images.mean((1, 2, 3), keepdim=True)) * contrast + images.mean((1, 2, 3), keepdim=True)
-            images = (images - images.mean(1, keepdim=True)) * saturation + images.mean(1, keepdim=True)
+            images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
+            images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
         return images.clamp(0, 1)
 
     # ---- the density ----
@@ -206,10 +210,29 @@ def normalise(x, bounds):
     return torch.where(high - low < 1e-6, 0.0, (2 * (x - low) / (high - low + 1e-8) - 1).clamp(-1, 1))
 
 
+def train_tokenizer() -> str:
+    """A byte-level BPE tokenizer of LIBERO's own instructions, as JSON: the small presets need no download."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    instructions = [task.instruction for task in data.parse_tasks("all+libero_90")]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(instructions, trainer)
+    return tokenizer.to_str()
+
+
+def load_tokenizer(text: str):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   padding_side="left")
+
+
 def load_policy(path, device="cpu") -> Policy:
     """A policy from `policy_sft.pt` or `policy_rl.pt`, in eval mode. Raises UserError."""
     checkpoint = data.load_checkpoint(path, "policy", device)
-    policy = Policy(data.from_config(Config, checkpoint["config"]), data.load_tokenizer(checkpoint["tokenizer"]))
+    policy = Policy(data.from_config(Config, checkpoint["config"]), load_tokenizer(checkpoint["tokenizer"]))
     policy.load_state_dict(checkpoint["model"])
     return policy.to(device).eval()
 
@@ -217,14 +240,14 @@ def load_policy(path, device="cpu") -> Policy:
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 def dataset(episodes, chunk_size):
-    """Every state of every episode with the K actions that follow: frames, proprio, instruction, action chunk (N, K, 7), mask (N, K)."""
+    """Every state with a frame and the K actions that follow: frames, proprio, instruction, actions (n, K, 7), mask (n, K)."""
     rows = [(e, i, t) for e in episodes for i, t in enumerate(e.frame_steps) if t < len(e.actions)]
     steps = [np.arange(t, t + chunk_size) for _, _, t in rows]
     return dict(frames=torch.from_numpy(np.stack([e.frames[i] for e, i, _ in rows])),
                 proprio=torch.from_numpy(np.stack([e.proprio[t] for e, _, t in rows])),
                 instruction=[e.instruction for e, _, _ in rows],
-                actions=torch.from_numpy(np.stack([e.actions[s.clip(max=len(e.actions) - 1)] for (e, _, _), s in zip(rows, steps)])),
-                mask=torch.from_numpy(np.stack([s < len(e.actions) for (e, _, _), s in zip(rows, steps)])).float())
+                actions=torch.from_numpy(np.stack([e.actions[s.clip(max=len(e.actions) - 1)] for (e, *_), s in zip(rows, steps)])),
+                mask=torch.from_numpy(np.stack([s < len(e.actions) for (e, *_), s in zip(rows, steps)])).float())
 
 
 def train(cfg: Config):
@@ -238,8 +261,8 @@ def train(cfg: Config):
     samples = dataset(episodes, cfg.chunk_size)
     quantiles = lambda x: np.quantile(np.concatenate(x), [0.01, 0.99], axis=0)
     stats = dict(action=quantiles([e.actions for e in episodes]), proprio=quantiles([e.proprio for e in episodes]))
-    tokenizer = checkpoint["tokenizer"] if checkpoint else data.train_tokenizer()
-    policy = Policy(cfg, data.load_tokenizer(tokenizer), stats).to(device)
+    tokenizer = checkpoint["tokenizer"] if checkpoint else train_tokenizer()
+    policy = Policy(cfg, load_tokenizer(tokenizer), stats).to(device)
     samples["actions"] = policy.from_env(samples["actions"].to(device)).cpu()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     start = 0
@@ -247,13 +270,15 @@ def train(cfg: Config):
         policy.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
-    print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {len(episodes)} demonstrations, {len(samples['frames'])} samples, steps {start} to {total}")
+    print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {len(episodes)} demonstrations, "
+          f"{len(samples['frames'])} samples, steps {start} to {total}")
     policy.train()
     began = time.time()
     for step in (bar := trange(start, total, initial=start, total=total, desc="policy", mininterval=2)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
         rows = torch.randint(len(samples["frames"]), (cfg.batch_size,))
-        obs = dict(frames=samples["frames"][rows].to(device), proprio=samples["proprio"][rows].to(device), instruction=[samples["instruction"][i] for i in rows])
+        obs = dict(frames=samples["frames"][rows].to(device), proprio=samples["proprio"][rows].to(device),
+                   instruction=[samples["instruction"][i] for i in rows])
         target, mask = samples["actions"][rows].to(device), samples["mask"][rows].to(device)
         fitting_scale = step >= cfg.steps
         if fitting_scale:
@@ -270,8 +295,8 @@ def train(cfg: Config):
             bar.set_postfix({k: f"{float(v):.3f}" for k, v in metrics.items()})
             data.log(run, "policy", step + 1, metrics)
         if (step + 1) % cfg.save_every == 0 or step + 1 == total:
-            data.save_checkpoint(path, "policy_sft", cfg, policy, optimizer=optimizer.state_dict(), step=step + 1, finished=step + 1 == total,
-                                 tokenizer=tokenizer, metrics={k: float(v) for k, v in metrics.items()},
+            data.save_checkpoint(path, "policy_sft", cfg, policy, optimizer=optimizer.state_dict(), step=step + 1,
+                                 finished=step + 1 == total, metrics={k: float(v) for k, v in metrics.items()}, tokenizer=tokenizer,
                                  demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in episodes})
     print(f"wrote {path} after {time.time() - began:.0f} s")
 

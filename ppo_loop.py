@@ -59,13 +59,17 @@ class Config:
     eval_episodes: int = 10  # official initial states per task in the final comparison
 
 
-PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, horizon=0.06, minibatch=4, micro_batch=2, eval_episodes=1, no_spread_limit=100)}
+PRESETS = {
+    "tiny": Config(),
+    "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, horizon=0.06, minibatch=4, micro_batch=2, eval_episodes=1,
+                    no_spread_limit=100),
+}
 
 
 # ---- equations -----------------------------------------------------------------------------------------------------------
 
 def leave_one_out_advantage(reward):
-    """reward (G, N) -> advantage (G, N): each reward minus the mean of the other N - 1 (RLOO, arXiv 2402.14740; World-Env section 3)."""
+    """reward (G, N) -> advantage (G, N): each reward minus the mean of the other N - 1 (RLOO, arXiv 2402.14740)."""
     N = reward.shape[1]
     return reward - (reward.sum(1, keepdim=True) - reward) / (N - 1)
 
@@ -76,14 +80,14 @@ def step_mask(finish_step, horizon):
 
 
 def ppo_loss(log_prob, old_log_prob, advantage, mask, clip_eps):
-    """log_prob, old_log_prob, mask (R, T), advantage (R,) -> loss, metrics. Mean over executed steps of a rollout, then over rollouts."""
+    """log_prob, old_log_prob, mask (R, T), advantage (R,) -> loss, metrics: means over executed steps, then over rollouts."""
     log_ratio = log_prob - old_log_prob
     ratio, A = log_ratio.exp(), advantage[:, None]
     objective = torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + clip_eps) * A)
     per_rollout = lambda x: ((x * mask).sum(1) / mask.sum(1)).mean()
     with torch.no_grad():
-        metrics = dict(ratio=per_rollout(ratio), approx_kl=per_rollout(ratio - 1 - log_ratio), clip_frac=per_rollout(((ratio - 1).abs() > clip_eps).float()),
-                       largest_log_ratio=(log_ratio * mask).abs().max())
+        metrics = dict(ratio=per_rollout(ratio), approx_kl=per_rollout(ratio - 1 - log_ratio),
+                       clip_frac=per_rollout(((ratio - 1).abs() > clip_eps).float()), largest_log_ratio=(log_ratio * mask).abs().max())
     return -per_rollout(objective), metrics
 
 
@@ -105,7 +109,7 @@ class Rollouts:
 
 @torch.no_grad()
 def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
-    """N rollouts from each of G starts: dict(frames (G, 3, H, W) uint8, proprio (G, 8), instruction G str, camera (G, 3, 4), horizon int).
+    """N rollouts from each of G starts. start_obs: frames (G, 3, H, W) uint8, proprio (G, 8), instruction, camera (G, 3, 4), horizon.
 
     Finished rollouts leave the batch: they cost nothing more and never change.
     """
@@ -113,10 +117,12 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
     frames, proprio, camera = (repeat(start_obs[key], "g ... -> (g n) ...", n=N) for key in ("frames", "proprio", "camera"))
     instruction = [text for text in start_obs["instruction"] for _ in range(N)]
     R, C = len(proprio), -(-start_obs["horizon"] // K)
-    out = Rollouts(frames.new_zeros(R, C, *frames.shape[1:]), proprio.new_zeros(R, C, 8), instruction, proprio.new_zeros(R, C, K, 7), proprio.new_zeros(R, C, K), None,
-                   proprio.new_zeros(R), torch.full((R,), C * K - 1, device=device), torch.zeros(R, dtype=torch.bool, device=device))
+    empty = proprio.new_zeros
+    out = Rollouts(frames=frames.new_zeros(R, C, *frames.shape[1:]), proprio=empty(R, C, 8), instruction=instruction,
+                   action_chunk=empty(R, C, K, 7), old_log_prob=empty(R, C, K), mask=empty(R, C, K), reward=empty(R),
+                   finish_step=torch.full((R,), C * K - 1, device=device), stopped=torch.zeros(R, dtype=torch.bool, device=device))
     active, memory = torch.arange(R, device=device), world_sim.remember(frames, camera)
-    seen, p_success = reflector.see(frames[:, None]), proprio.new_zeros(R, 0)
+    seen, p_success = reflector.see(frames[:, None]), empty(R, 0)
     for chunk in range(C):
         texts = [instruction[i] for i in active]
         out.frames[active, chunk], out.proprio[active, chunk] = frames, proprio
@@ -129,7 +135,8 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
         out.reward[active] = p_success[:, -1]
         stop = stops(p_success, reflector.threshold, reflector.cfg.min_steps, reflector.cfg.patience)[:, -1]
         out.finish_step[active[stop]], out.stopped[active[stop]] = (chunk + 1) * K - 1, True
-        active, frames, proprio, seen, p_success, memory = active[~stop], frames[~stop], proprio[~stop], seen[~stop], p_success[~stop], memory.select(~stop)
+        active, frames, proprio, seen, p_success = (x[~stop] for x in (active, frames, proprio, seen, p_success))
+        memory = memory.select(~stop)
         if not len(active):
             break
     out.mask = rearrange(step_mask(out.finish_step, C * K), "r (c k) -> r c k", k=K)
@@ -141,7 +148,8 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
 def log_prob_of(policy, rollouts, rows):
     """Log-probability of the executed chunks of rollouts `rows` -> (len(rows), C * K), 0 where nothing was executed."""
     executed = rollouts.mask[rows].any(-1)                                                                  # (r, C)
-    obs = dict(frames=rollouts.frames[rows][executed], proprio=rollouts.proprio[rows][executed], instruction=[rollouts.instruction[rows[i]] for i in executed.nonzero()[:, 0]])
+    obs = dict(frames=rollouts.frames[rows][executed], proprio=rollouts.proprio[rows][executed],
+               instruction=[rollouts.instruction[rows[i]] for i in executed.nonzero()[:, 0]])
     log_prob = rollouts.old_log_prob.new_zeros(len(rows), *rollouts.mask.shape[1:])
     log_prob[executed] = policy.log_prob(obs, rollouts.action_chunk[rows][executed])
     return log_prob.flatten(1)
@@ -150,23 +158,26 @@ def log_prob_of(policy, rollouts, rows):
 def update(policy, optimizer, rollouts, cfg: Config):
     """One PPO epoch over the rollouts -> metrics. Raises RuntimeError if the first ratio is not 1 or the loss is not finite."""
     group = rearrange(rollouts.reward, "(g n) -> g n", n=cfg.rollouts)
-    advantage, mask, old_log_prob = leave_one_out_advantage(group).flatten(), rollouts.mask.flatten(1), rollouts.old_log_prob.flatten(1)
-    history = []
+    advantage, mask, history = leave_one_out_advantage(group).flatten(), rollouts.mask.flatten(1), []
+    old_log_prob = rollouts.old_log_prob.flatten(1) * mask
     for step, minibatch in enumerate(torch.randperm(len(advantage)).split(cfg.minibatch)):
         optimizer.zero_grad(set_to_none=True)
         for rows in minibatch.split(cfg.micro_batch):
             rows = rows.to(advantage.device)
-            loss, metrics = ppo_loss(log_prob_of(policy, rollouts, rows), old_log_prob[rows] * mask[rows], advantage[rows], mask[rows], cfg.clip_eps)
+            log_prob = log_prob_of(policy, rollouts, rows) * mask[rows]
+            loss, metrics = ppo_loss(log_prob, old_log_prob[rows], advantage[rows], mask[rows], cfg.clip_eps)
             if not torch.isfinite(loss):
                 raise RuntimeError(f"loss is {float(loss)}; lower --lr or look at the rollouts")
             if step == 0 and metrics["largest_log_ratio"] > 1e-2:  # the update must see the density that sampled, to float32 rounding
-                raise RuntimeError(f"the first ratio must be 1, its logarithm is {float(metrics['largest_log_ratio']):.4f}: sampling and update use different densities")
+                raise RuntimeError(f"the first ratio must be 1, its logarithm is {float(metrics['largest_log_ratio']):.4f}: "
+                                   "sampling and update use different densities")
             (loss * len(rows) / len(minibatch)).backward()
             history.append(metrics)
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         optimizer.step()
-    return dict(reward=group.mean(), stop_rate=rollouts.stopped.float().mean(), group_spread=group.std(1).mean(), useful_groups=(group.std(1) > 1e-3).float().mean(),
-                length=mask.sum(1).mean(), **{k: torch.stack([m[k] for m in history]).mean() for k in history[0]}, grad_norm=grad_norm)
+    return dict(reward=group.mean(), stop_rate=rollouts.stopped.float().mean(), group_spread=group.std(1).mean(),
+                useful_groups=(group.std(1) > 1e-3).float().mean(), length=mask.sum(1).mean(), grad_norm=grad_norm,
+                **{k: torch.stack([m[k] for m in history]).mean() for k in history[0]})
 
 
 def train(cfg: Config):
@@ -176,40 +187,46 @@ def train(cfg: Config):
     checkpoint, finished = data.resume(path, "policy_rl", cfg, device, key="ppo_config", ignore=("run", "eval_episodes"))
     if finished:
         return print(f"{path} is finished ({cfg.iterations} iterations); delete it to train again")
-    policy, world_sim, reflector = load_policy(run / "policy_sft.pt", device), load_world_sim(run / "world_sim.pt", device), load_reflector(run / "reflector.pt", device)
+    policy = load_policy(run / "policy_sft.pt", device)
+    world_sim, reflector = load_world_sim(run / "world_sim.pt", device), load_reflector(run / "reflector.pt", device)
     policy.noise_scale = cfg.noise_scale
-    tasks = data.parse_tasks(cfg.tasks)
-    starts = [e for e in data.load_episodes([cfg.demos, run / "explore"], tasks, policy.cfg.demos_per_task, ("expert", "explore"), policy.cfg.image_size) if not e.held_out]
-    horizon = {task.name: int(cfg.horizon * task.max_steps) for task in tasks}
+    starts, _ = data.training_episodes(cfg, policy.cfg.image_size, policy.cfg.demos_per_task, ("expert", "explore"))
+    horizon = {task.name: int(cfg.horizon * task.max_steps) for task in data.parse_tasks(cfg.tasks)}
     policy.tower.requires_grad_(False)
     heads = [*policy.action_head.parameters(), *policy.scale_trunk.parameters(), *policy.scale_out.parameters()]
     known = {id(p) for p in [*heads, *policy.tower.parameters()]}
-    optimizer = torch.optim.AdamW([dict(params=[p for p in policy.parameters() if id(p) not in known], lr=cfg.lr), dict(params=heads, lr=cfg.lr_heads)], weight_decay=0.0)
+    body = [p for p in policy.parameters() if id(p) not in known]
+    optimizer = torch.optim.AdamW([dict(params=body, lr=cfg.lr), dict(params=heads, lr=cfg.lr_heads)], weight_decay=0.0)
     first, no_spread = 0, 0
     if checkpoint:
         policy.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, no_spread = checkpoint["step"], checkpoint["no_spread"]
-    print(f"ppo_loop: {cfg.starts} starts x {cfg.rollouts} rollouts, {len(starts)} start states, iterations {first} to {cfg.iterations}")
+    print(f"ppo_loop: {cfg.starts} starts x {cfg.rollouts} rollouts, {len(starts)} start states, "
+          f"iterations {first} to {cfg.iterations}")
     for iteration in (bar := trange(first, cfg.iterations, initial=first, total=cfg.iterations, desc="ppo_loop", mininterval=2)):
         torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # an iteration's randomness depends on its number alone: resuming is exact
         rng = np.random.default_rng((cfg.seed, iteration))
         picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, replace=cfg.starts > len(starts))]
         as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
-        start_obs = dict(frames=as_tensor([e.frames[0] for e in picked]), proprio=as_tensor([e.proprio[0] for e in picked]), camera=as_tensor([e.camera for e in picked]).float(),
-                         instruction=[e.instruction for e in picked], horizon=max(horizon[e.task] for e in picked))
+        start_obs = dict(frames=as_tensor([e.frames[0] for e in picked]), proprio=as_tensor([e.proprio[0] for e in picked]),
+                         camera=as_tensor([e.camera for e in picked]).float(), instruction=[e.instruction for e in picked],
+                         horizon=max(horizon[e.task] for e in picked))
         began = time.time()
         rollouts = imagine(policy, world_sim, reflector, start_obs, cfg)
         imagined = time.time()
         metrics = update(policy, optimizer, rollouts, cfg) | dict(imagine_s=imagined - began, update_s=time.time() - imagined)
         no_spread = no_spread + 1 if metrics["useful_groups"] == 0 else 0
-        bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in ("reward", "stop_rate", "group_spread", "useful_groups", "approx_kl", "clip_frac")})
+        shown = ("reward", "stop_rate", "group_spread", "useful_groups", "approx_kl", "clip_frac")
+        bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in shown})
         data.log(run, "ppo_loop", iteration + 1, metrics)
-        data.save_checkpoint(path, "policy_rl", policy.cfg, policy, ppo_config=data.plain(cfg), optimizer=optimizer.state_dict(), step=iteration + 1,
-                             finished=iteration + 1 == cfg.iterations, no_spread=no_spread, tokenizer=policy.tokenizer.backend_tokenizer.to_str(),
-                             demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in starts if e.source == "expert"}, metrics={k: float(v) for k, v in metrics.items()})
+        data.save_checkpoint(path, "policy_rl", policy.cfg, policy, ppo_config=data.plain(cfg), optimizer=optimizer.state_dict(),
+                             step=iteration + 1, finished=iteration + 1 == cfg.iterations, no_spread=no_spread,
+                             metrics={k: float(v) for k, v in metrics.items()}, tokenizer=policy.tokenizer.backend_tokenizer.to_str(),
+                             demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in starts if e.source == "expert"})
         if no_spread >= cfg.no_spread_limit:
-            raise data.UserError(f"all rewards within every group were equal for {no_spread} iterations: nothing to learn from; raise --noise-scale or --starts, or look at videos/")
+            raise data.UserError(f"all rewards within every group were equal for {no_spread} iterations: nothing to learn from; "
+                                 f"delete {path} and raise --noise-scale or --starts")
     print(f"wrote {path}")
 
 
@@ -218,8 +235,8 @@ def train(cfg: Config):
 def main(cfg: Config):
     """Train whatever is missing, in order, then compare SFT and RL in real LIBERO."""
     run, began, seconds = data.run_dir(cfg), time.time(), {}
-    stages = [("policy_sft", policy_script, policy_script.train), ("explore", evaluate, evaluate.explore), ("world_sim", world_sim_script, world_sim_script.train),
-              ("reflector", reflector_script, reflector_script.train)]
+    stages = [("policy_sft", policy_script, policy_script.train), ("explore", evaluate, evaluate.explore),
+              ("world_sim", world_sim_script, world_sim_script.train), ("reflector", reflector_script, reflector_script.train)]
     shared = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed)
     for number, (name, script, train_stage) in enumerate(stages, 1):
         print(f"\n[{number}/6] {name}")
@@ -239,13 +256,17 @@ def main(cfg: Config):
     difference = evaluate.paired_difference(outcome(paths[0]), outcome(paths[1]))
     explored = data.load_episodes(run / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",))
     seconds["evaluate"] = round(time.time() - since)
-    result |= dict(difference=difference, real_interactions=sum(len(e.actions) for e in explored), exploration_episodes=len(explored), seconds=seconds | dict(total=round(time.time() - began)))
+    seconds["total"] = round(time.time() - began)
+    result |= dict(difference=difference, real_interactions=sum(len(e.actions) for e in explored), exploration_episodes=len(explored),
+                   seconds=seconds)
     with data.atomic(run / "results.json") as part:
         part.write_text(json.dumps(result, indent=1))
     evaluate.report(eval_cfg)
     evaluate.print_table(result)
-    print(f"RL - SFT, paired: {100 * difference[0]:+.1f} points [{100 * difference[1]:+.1f}, {100 * difference[2]:+.1f}] (95 %), stop rule: {eval_cfg.stop}; "
-          f"real interactions used in training: {result['real_interactions']} steps in {len(explored)} exploration episodes; {result['seconds']['total'] / 60:.0f} min on {result['hardware']}")
+    mean, low, high = (100 * x for x in difference)
+    print(f"RL - SFT, paired: {mean:+.1f} points [{low:+.1f}, {high:+.1f}] (95 %), stop rule: {eval_cfg.stop}; "
+          f"real interactions used in training: {result['real_interactions']} steps in {len(explored)} exploration episodes; "
+          f"{seconds['total'] / 60:.0f} min on {result['hardware']}")
     print(f"details: {run / 'results.json'}, videos (real | imagined): {run / 'videos'}")
 
 

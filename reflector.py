@@ -9,7 +9,8 @@ of all episodes, and successful frames under another task's instruction.
 Dims: B batch, T frames so far, P tokens per frame, D width, H W pixels.
 
 Differs from the paper: `tiny` trains a small LLaVA from scratch instead of a head on a frozen one, with a ResNet for its vision
-tower (a small CLIP tower learned nothing in five minutes), and sees 2 frames, first and last, instead of 32, blurred at random in training because imagined frames are softer than real ones.
+tower (a small CLIP tower learned nothing in five minutes); it sees 2 frames, first and last, instead of 32, blurred at random in
+training because imagined frames are softer than real ones.
 Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/reflector.pt, reflector.jsonl.
 
   python reflector.py --demos data/
@@ -26,6 +27,7 @@ from torch import nn
 from tqdm import trange
 
 import data
+from policy import load_tokenizer, train_tokenizer
 
 
 @dataclass
@@ -55,7 +57,8 @@ class Config:
 
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), frames=2, width=32, layers=1, heads=2, steps=20, batch_size=8, save_every=10),
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), frames=3, width=32, layers=1, heads=2, steps=20,
+                    batch_size=8, save_every=10),
 }
 
 
@@ -66,30 +69,31 @@ class Reflector(nn.Module):
         super().__init__()
         from transformers import LlamaConfig, LlavaConfig, LlavaModel, ResNetConfig
         self.cfg, self.tokenizer = cfg, tokenizer
-        vision = ResNetConfig(embedding_size=cfg.tower[0], hidden_sizes=list(cfg.tower), depths=[1] * len(cfg.tower), layer_type="basic",
-                              hidden_size=cfg.tower[-1])
-        text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=cfg.width, num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
-                           intermediate_size=cfg.width * 4, max_position_embeddings=4096)
+        vision = ResNetConfig(embedding_size=cfg.tower[0], hidden_sizes=list(cfg.tower), depths=[1] * len(cfg.tower),
+                              layer_type="basic", hidden_size=cfg.tower[-1])
+        text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=cfg.width * 4,
+                           num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, max_position_embeddings=4096)
         self.llava = LlavaModel(LlavaConfig(vision_config=vision, vision_feature_layer=-1, text_config=text))
-        self.head = nn.Sequential(nn.LayerNorm(cfg.width), nn.Linear(cfg.width, cfg.width // 4), nn.GELU(), nn.Linear(cfg.width // 4, 1))
+        self.head = nn.Sequential(nn.LayerNorm(cfg.width), nn.Linear(cfg.width, cfg.width // 4), nn.GELU(),
+                                  nn.Linear(cfg.width // 4, 1))
         self.register_buffer("threshold", torch.tensor(0.5))
 
     def see(self, frames):
         """uint8 (..., 3, H, W) -> tokens (..., P, D). Computed once per frame and reused. Raises UserError on another size."""
-        if frames.shape[-3:] != (3, self.cfg.image_size, self.cfg.image_size):
-            raise data.UserError(f"frames are {tuple(frames.shape[-3:])}, this reflector was trained on {(3, self.cfg.image_size, self.cfg.image_size)}; pass --image-size {self.cfg.image_size}")
-        maps = self.llava.vision_tower(frames.flatten(0, -4).float() / 127.5 - 1).last_hidden_state            # (B, C, h, w)
-        tokens = rearrange(F.avg_pool2d(maps, 2), "b c h w -> b (h w) c")                                      # LLaVA-Video pools 2 x 2
+        data.check_frames(frames, self.cfg.image_size, "reflector")
+        maps = self.llava.vision_tower(frames.flatten(0, -4).float() / 127.5 - 1).last_hidden_state  # (b, C, h, w)
+        tokens = rearrange(F.avg_pool2d(maps, 2), "b c h w -> b (h w) c")                            # 2 x 2 pooled, as in LLaVA-Video
         return self.llava.multi_modal_projector(tokens).unflatten(0, frames.shape[:-3])
 
     def read(self, tokens, instruction):
         """tokens (B, T, P, D) of the frames so far, instruction list of B str -> logit (B,)."""
         tokens = tokens[:, pick(tokens.shape[1], self.cfg.frames)]
-        text = self.tokenizer([t.lower() for t in instruction], padding=True, return_tensors="pt", add_special_tokens=False).to(tokens.device)  # padded on the left
-        x = torch.cat([self.llava.language_model.embed_tokens(text["input_ids"]), tokens.flatten(1, 2)], 1)
-        mask = torch.cat([text["attention_mask"], text["attention_mask"].new_ones(len(x), x.shape[1] - text["input_ids"].shape[1])], 1)
+        text = self.tokenizer([t.lower() for t in instruction], padding=True, return_tensors="pt", add_special_tokens=False)
+        text, llama = text.to(tokens.device), self.llava.language_model                              # padded on the left
+        x = torch.cat([llama.embed_tokens(text["input_ids"]), tokens.flatten(1, 2)], 1)
+        mask = F.pad(text["attention_mask"], (0, x.shape[1] - text["input_ids"].shape[1]), value=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden = self.llava.language_model(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
         return self.head(hidden[:, -tokens.shape[2]:].mean(1)).float()[:, 0]
 
     def forward(self, frames, instruction):
@@ -107,8 +111,8 @@ class Reflector(nn.Module):
         B, frames = len(frames), frames.float()
         gain, bias = 1 + self.cfg.jitter * (torch.rand(2, B, 1, 1, 1, 1, device=frames.device) * 2 - 1)
         frames = ((frames - 128) * gain + 128 * bias).clamp(0, 255)
-        dx, dy = torch.randint(-4, 5, (2,)).tolist()
-        frames = F.pad(frames.flatten(0, 1), (4, 4, 4, 4), mode="replicate")[..., 4 + dy:4 + dy + self.cfg.image_size, 4 + dx:4 + dx + self.cfg.image_size]
+        dx, dy, size = *torch.randint(0, 9, (2,)).tolist(), self.cfg.image_size
+        frames = F.pad(frames.flatten(0, 1), (4, 4, 4, 4), mode="replicate")[..., dy:dy + size, dx:dx + size]
         soft = F.interpolate(F.avg_pool2d(frames, 2), scale_factor=2, mode="bilinear").unflatten(0, (B, -1))
         return torch.where(torch.rand(B, 1, 1, 1, 1, device=frames.device) < 0.5, soft, frames.unflatten(0, (B, -1)))
 
@@ -137,20 +141,20 @@ def pick(so_far, size):
 
 
 def stops(p_success, threshold, min_steps=0, patience=1):
-    """p_success (B, T) -> (B, T) bool: the stop rule holds at t, `patience` scores in a row above the threshold, not before `min_steps`."""
+    """p_success (B, T) -> (B, T) bool: at t, `patience` scores in a row lie above the threshold, none of the first `min_steps`."""
     above = (p_success > threshold) & (torch.arange(p_success.shape[1], device=p_success.device) >= min_steps)
     run = F.pad(above.float(), (patience - 1, 0)).unfold(1, patience, 1)
-    return run.all(-1) if run.dtype == torch.bool else run.min(-1).values > 0
+    return run.min(-1).values > 0
 
 
 def finish_step(p_success, threshold, min_steps=0, patience=1):
-    """p_success (B, T) -> (B,) index of the first score at which a rollout stops, T - 1 for those that never do (World-Env: p > 0.5)."""
+    """p_success (B, T) -> (B,) first score at which a rollout stops, T - 1 for those that never do (World-Env: p > 0.5)."""
     hit = stops(p_success, threshold, min_steps, patience)
     return torch.where(hit.any(1), hit.float().argmax(1), p_success.shape[1] - 1)
 
 
 def choose_threshold(p_success, label) -> float:
-    """The threshold of best F0.5 on held-out frames: a false stop ruins a rollout, a late one costs a few steps. 0.5 without both labels."""
+    """The threshold of best F0.5: a false stop ruins a rollout, a late one costs a few steps. 0.5 unless both labels occur."""
     p, label = np.asarray(p_success, float), np.asarray(label, bool)
     if label.all() or not label.any():
         return 0.5
@@ -167,7 +171,7 @@ def choose_threshold(p_success, label) -> float:
 def load_reflector(path, device="cpu") -> Reflector:
     """A reflector from `reflector.pt`, in eval mode. Raises UserError."""
     checkpoint = data.load_checkpoint(path, "reflector", device)
-    reflector = Reflector(data.from_config(Config, checkpoint["config"]), data.load_tokenizer(checkpoint["tokenizer"]))
+    reflector = Reflector(data.from_config(Config, checkpoint["config"]), load_tokenizer(checkpoint["tokenizer"]))
     reflector.load_state_dict(checkpoint["model"])
     return reflector.to(device).eval()
 
@@ -175,7 +179,7 @@ def load_reflector(path, device="cpu") -> Reflector:
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 def make_batch(episodes, positives, negatives, instructions, cfg, rng):
-    """Half positives where there are any; some with another task's instruction. -> frames (B, T, 3, H, W) uint8, instruction, label (B,)"""
+    """-> frames (B, T, 3, H, W) uint8, instruction, label (B,): half positives where there are any, some with another instruction."""
     frames, texts, labels = [], [], []
     for b in range(cfg.batch_size):
         rows = positives if positives and (b % 2 or not negatives) else negatives
@@ -196,22 +200,20 @@ def train(cfg: Config):
     if finished:
         return print(f"{path} is finished ({cfg.steps} steps); delete it to train again")
     torch.manual_seed(cfg.seed)
-    episodes = data.load_episodes([cfg.demos, run / "explore"] if "explore" in cfg.kinds else cfg.demos, data.parse_tasks(cfg.tasks), cfg.demos_per_task, cfg.kinds, cfg.image_size)
-    held_out = [e for e in episodes if e.held_out]
-    episodes = [e for e in episodes if not e.held_out]
+    episodes, held_out = data.training_episodes(cfg, cfg.image_size, cfg.demos_per_task, cfg.kinds)
     labelled = [(i, f, bool(e.success[s])) for i, e in enumerate(episodes) for f, s in enumerate(e.frame_steps)]
     positives, negatives = [(i, f) for i, f, y in labelled if y], [(i, f) for i, f, y in labelled if not y]
     instructions = sorted({e.instruction for e in episodes})
-    tokenizer = checkpoint["tokenizer"] if checkpoint else data.train_tokenizer()
-    reflector = Reflector(cfg, data.load_tokenizer(tokenizer)).to(device)
+    tokenizer = checkpoint["tokenizer"] if checkpoint else train_tokenizer()
+    reflector = Reflector(cfg, load_tokenizer(tokenizer)).to(device)
     optimizer = torch.optim.AdamW(reflector.parameters(), lr=cfg.lr, weight_decay=0.05)
     start = 0
     if checkpoint:
         reflector.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
-    print(f"reflector: {sum(p.numel() for p in reflector.parameters()) / 1e6:.1f} M parameters, {len(episodes)} episodes, {len(positives)} positive and {len(negatives)} negative frames "
-          f"({len(held_out)} episodes held out), steps {start} to {cfg.steps}")
+    print(f"reflector: {sum(p.numel() for p in reflector.parameters()) / 1e6:.1f} M parameters, {len(episodes)} episodes, "
+          f"{len(positives)} positive and {len(negatives)} negative frames ({len(held_out)} episodes held out), steps {start} to {cfg.steps}")
     began = time.time()
     for step in (bar := trange(start, cfg.steps, initial=start, total=cfg.steps, desc="reflector", mininterval=2)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
@@ -233,9 +235,10 @@ def train(cfg: Config):
             bar.set_postfix({k: f"{float(v):.3f}" for k, v in metrics.items()})
             data.log(run, "reflector", step + 1, metrics)
         if (step + 1) % cfg.save_every == 0 or last:
-            data.save_checkpoint(path, "reflector", cfg, reflector, optimizer=optimizer.state_dict(), step=step + 1, finished=last, tokenizer=tokenizer,
-                                 metrics={k: float(v) for k, v in metrics.items()})
-    print(f"wrote {path} after {time.time() - began:.0f} s, threshold {float(reflector.threshold):.2f} from {len(held_out or episodes)} {'held-out' if held_out else 'training'} episodes")
+            data.save_checkpoint(path, "reflector", cfg, reflector, optimizer=optimizer.state_dict(), step=step + 1, finished=last,
+                                 metrics={k: float(v) for k, v in metrics.items()}, tokenizer=tokenizer)
+    print(f"wrote {path} after {time.time() - began:.0f} s, threshold {float(reflector.threshold):.2f} from "
+          f"{len(held_out or episodes)} {'held-out' if held_out else 'training'} episodes")
 
 
 if __name__ == "__main__":

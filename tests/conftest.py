@@ -17,6 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
+import policy  # noqa: E402
 
 INSTRUCTIONS = ["turn on the stove", "put the wine bottle on top of the cabinet", "open the middle drawer of the cabinet"]
 
@@ -65,7 +66,7 @@ def write_foreign(path, ids, T=6, raw=False, size=8, instruction=None, **overrid
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return data.load_tokenizer(data.train_tokenizer())
+    return policy.load_tokenizer(policy.train_tokenizer())
 
 
 @pytest.fixture(scope="session")

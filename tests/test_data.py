@@ -102,15 +102,25 @@ def test_every_task_of_the_four_suites_has_a_camera():
 # ---- proprio -------------------------------------------------------------------------------------------------------------
 
 def test_axis_angle_is_continuous_where_the_gripper_points_down():
-    """Through half a turn about x, with quaternions of random sign, as a simulator may return them."""
-    angles = np.deg2rad(np.linspace(165, 195, 61))
-    rotations = Rotation.from_rotvec([0, 0, 0.2]) * Rotation.from_rotvec(angles[:, None] * [1, 0, 0])
-    quaternions = rotations.as_quat() * np.random.default_rng(0).choice([-1, 1], (61, 1))
-    proprio = data.make_proprio(np.zeros((61, 3)), quaternions, np.zeros((61, 2)))
+    """Through half a turn about x, each rotation in a random one of the two forms that a simulator may return."""
+    rotations = Rotation.from_rotvec([0, 0, 0.2]) * Rotation.from_rotvec(np.deg2rad(np.linspace(165, 195, 61))[:, None] * [1, 0, 0])
+    short = rotations.as_rotvec()
+    other = short * (1 - 2 * np.pi / np.linalg.norm(short, axis=1, keepdims=True))
+    proprio = data.make_proprio(np.zeros((61, 3)), np.where(np.random.default_rng(0).random((61, 1)) < 0.5, short, other), np.ones((61, 2)))
     assert proprio.shape == (61, 8) and proprio.dtype == np.float32
     assert np.abs(np.diff(proprio[:, 3:6], axis=0)).max() < 0.02
-    back = Rotation.from_quat(data.axis_angle_to_quaternion(proprio[:, 3:6]))
-    assert (back * rotations.inv()).magnitude().max() < 1e-4
+    assert (Rotation.from_rotvec(proprio[:, 3:6]) * rotations.inv()).magnitude().max() < 1e-4
+
+
+def test_proprio_is_the_pose_of_the_gripper(env):
+    """Against robosuite's own observations: position of the grip site, orientation of the hand, finger joints."""
+    env.reset(0)
+    env.step_chunk(np.array([[0.3, -0.5, 0.2, 0.3, 0.2, -0.5, 1]] * 8, np.float32), render=False)
+    sim, proprio = env.sim, env.proprio()
+    np.testing.assert_allclose(proprio[:3], sim.data.get_site_xpos("gripper0_grip_site"), atol=1e-6)
+    hand = Rotation.from_matrix(sim.data.get_body_xmat("robot0_right_hand"))
+    assert (Rotation.from_rotvec(proprio[3:6]) * hand.inv()).magnitude() < 1e-4 and proprio[3] >= 0
+    np.testing.assert_allclose(proprio[6:], [sim.data.get_joint_qpos(f"gripper0_finger_joint{i}") for i in (1, 2)], atol=1e-6)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------

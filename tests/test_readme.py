@@ -34,7 +34,7 @@ def test_file_map_states_the_true_line_count(script):
 def test_budgets_of_a_file(script):
     text = (ROOT / script).read_text()
     assert len(text.splitlines()) <= 500
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 140
     assert len(ast.get_docstring(ast.parse(text)).splitlines()) <= 30
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):

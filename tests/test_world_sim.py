@@ -140,7 +140,7 @@ def test_each_frame_of_a_chunk_is_shown_the_pose_after_its_own_actions(world_sim
 
 @torch.no_grad()
 def test_rollouts_are_independent_and_select_leaves_the_others_alone(world_sim, camera, monkeypatch):
-    monkeypatch.setattr(torch, "randn", lambda *shape, **kwargs: torch.ones(shape))  # the same noise for every row
+    monkeypatch.setattr(torch, "randn", lambda *shape, **kwargs: torch.ones(*shape))  # the same noise for every row
     memory, proprio, actions = start(world_sim, camera, B=3)
     kept = memory.latents.clone()
     memory.velocity = 0.01 * torch.arange(24.0).view(3, 8)
@@ -155,7 +155,7 @@ def test_rollouts_are_independent_and_select_leaves_the_others_alone(world_sim, 
 @pytest.mark.parametrize("shape", [(2, K, 8), (2, K + 1, 7)])
 def test_other_robots_and_chunk_sizes_are_the_users_error(world_sim, camera, shape):
     memory, proprio, _ = start(world_sim, camera)
-    with pytest.raises(data.UserError, match="actions have shape"):
+    with pytest.raises(data.UserError, match="shape"):
         world_sim.predict(memory, proprio, torch.zeros(shape))
 
 
