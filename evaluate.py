@@ -68,10 +68,12 @@ def wilson_interval(successes, trials):
 
 
 def paired_difference(before, after):
-    """Mean of after - before on the same episodes and its 95 % interval -> (mean, low, high)."""
+    """Mean of after - before (success of the same episodes) and its 95 % interval -> (mean, low, high). Half a pair is added to each
+    of the four outcomes (Agresti and Min 2005), so that few episodes or equal outcomes do not give an interval of no width."""
     difference = np.asarray(after, float) - np.asarray(before, float)
-    half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else float("inf")
-    return difference.mean(), difference.mean() - half, difference.mean() + half
+    n, centre = len(difference) + 2, difference.sum() / (len(difference) + 2)
+    half = 1.959964 * np.sqrt(((difference ** 2).sum() + 1) / n - centre ** 2) / np.sqrt(n)
+    return float(difference.mean()), float(centre - half), float(centre + half)
 
 
 def roc_auc(score, label):
@@ -183,6 +185,8 @@ def evaluate_policy(policies, cfg: Config) -> dict:
     tasks, run = data.parse_tasks(cfg.tasks), data.run_dir(cfg)
     if cfg.stop not in ("oracle", "horizon", "reflector"):
         raise data.UserError(f"unknown stop rule {cfg.stop!r}, expected oracle, horizon or reflector")
+    if cfg.episodes < 1 or cfg.workers < 1:
+        raise data.UserError(f"got --episodes {cfg.episodes} --workers {cfg.workers}, expected at least one of each")
     for path in policies:
         data.load_checkpoint(path, "policy")
     # a finished episode counts only for the very same weights and settings
@@ -328,8 +332,14 @@ def report(cfg: Config):
         side_by_side = np.concatenate([episode.frames[steps], imagined[:len(steps)]], -1)  # real | imagined
         data.save_video(run / "videos" / f"gap_{episode.task}_{episode.index}.mp4", side_by_side, fps=4)
     print(json.dumps(result, indent=1))
-    with data.atomic(run / "report.json") as part:
-        part.write_text(json.dumps(result, indent=1))
+    save_json(run / "report.json", result)
+
+
+def save_json(path, value):
+    """Write JSON that any reader takes: what was not measured is null, not NaN."""
+    finite = lambda x: {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else None if x != x else x
+    with data.atomic(path) as part:
+        part.write_text(json.dumps(finite(value), indent=1))
 
 
 def main(cfg: Config):
@@ -340,8 +350,7 @@ def main(cfg: Config):
     began, path = time.time(), cfg.policy or str(data.run_dir(cfg) / "policy_sft.pt")
     result = summary(evaluate_policy([path], cfg), cfg) | dict(seconds=round(time.time() - began))
     print_table(result)
-    with data.atomic(data.run_dir(cfg) / f"results_{Path(path).stem}_{cfg.stop}.json") as part:
-        part.write_text(json.dumps(result, indent=1))
+    save_json(data.run_dir(cfg) / f"results_{Path(path).stem}_{cfg.stop}.json", result)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=1, heads=2, steps=20,
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, steps=20,
                     scale_steps=5, batch_size=16, save_every=10),
 }
 

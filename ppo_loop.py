@@ -71,6 +71,7 @@ PRESETS = {
 def leave_one_out_advantage(reward):
     """reward (G, N) -> advantage (G, N): each reward minus the mean of the other N - 1 (RLOO, arXiv 2402.14740)."""
     N = reward.shape[1]
+    reward = reward - reward[:, :1]  # equal rewards give exactly zero, which Adam would blow up otherwise
     return reward - (reward.sum(1, keepdim=True) - reward) / (N - 1)
 
 
@@ -234,7 +235,7 @@ def train(cfg: Config):
 
 def main(cfg: Config):
     """Train whatever is missing, in order, then compare SFT and RL in real LIBERO."""
-    run, began, seconds = data.run_dir(cfg), time.time(), {}
+    run, seconds = data.run_dir(cfg), {}
     stages = [("policy_sft", policy_script, policy_script.train), ("explore", evaluate, evaluate.explore),
               ("world_sim", world_sim_script, world_sim_script.train), ("reflector", reflector_script, reflector_script.train)]
     shared = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed)
@@ -256,11 +257,13 @@ def main(cfg: Config):
     difference = evaluate.paired_difference(outcome(paths[0]), outcome(paths[1]))
     explored = data.load_episodes(run / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",))
     seconds["evaluate"] = round(time.time() - since)
-    seconds["total"] = round(time.time() - began)
+    if (run / "results.json").exists():  # stages that were finished before took their time then
+        earlier = json.loads((run / "results.json").read_text())["seconds"]
+        seconds = {name: max(spent, earlier.get(name, 0)) for name, spent in seconds.items()}
+    seconds["total"] = sum(seconds.values())
     result |= dict(difference=difference, real_interactions=sum(len(e.actions) for e in explored), exploration_episodes=len(explored),
                    seconds=seconds)
-    with data.atomic(run / "results.json") as part:
-        part.write_text(json.dumps(result, indent=1))
+    evaluate.save_json(run / "results.json", result)
     evaluate.report(eval_cfg)
     evaluate.print_table(result)
     mean, low, high = (100 * x for x in difference)

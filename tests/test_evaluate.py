@@ -19,7 +19,9 @@ def test_wilson_interval_has_the_published_values(successes, trials, low, high):
 
 def test_paired_difference_uses_the_pairs():
     mean, low, high = evaluate.paired_difference([0, 0, 1, 1], [1, 1, 1, 1])
-    assert mean == 0.5 and (low, high) == pytest.approx((0.5 - 0.5658, 0.5 + 0.5658), abs=1e-3)
+    assert mean == 0.5 and (low, high) == pytest.approx((-0.1657, 0.8323), abs=1e-3)  # by hand: (2 +- 1.96 * sqrt(3 - 4 / 6)) / 6
+    same = evaluate.paired_difference([1] * 10, [1] * 10)
+    assert same[0] == 0 and same[1] < -0.1 and same[2] > 0.1  # ten equal outcomes do not prove equality
     paired, shuffled = evaluate.paired_difference([0, 1] * 10, [0, 1] * 9 + [1, 1]), evaluate.paired_difference([0, 1] * 10, [1, 0] * 9 + [1, 1])
     assert paired[0] == pytest.approx(shuffled[0]) and paired[2] - paired[1] < shuffled[2] - shuffled[1]
 
@@ -46,19 +48,22 @@ class ScriptedEnv:
         self.when, self.steps, self.renders = when, 0, 0
 
     def reset(self, init_index=None, seed=None):
+        self.steps = 0
         return dict(frames=self.render(), proprio=self.proprio(), instruction=self.task.instruction)
 
     def step_chunk(self, actions, render=True):
         self.steps += len(actions)
-        return {}, np.array([self.success()])
+        return {}, np.array([self.check_success()])
 
     def render(self):
         self.renders += 1
         return np.full((3, 32, 32), self.steps, np.uint8)
 
-    success = lambda self: self.steps in self.when
+    env = property(lambda self: self)
+    check_success = lambda self: self.steps in self.when
     proprio = lambda self: np.full(8, self.steps, np.float32)
     state = lambda self: np.full(5, self.steps, float)
+    close = lambda self: None
 
 
 class ScriptedPolicy:
@@ -118,7 +123,7 @@ def test_each_real_episode_is_judged_on_its_own(tokenizer, tmp_path, monkeypatch
     model = reflector.Reflector(cfg, tokenizer)
     model.threshold.fill_(0.0)  # every score is above
     data.save_checkpoint(tmp_path / "reflector.pt", "reflector", cfg, model, tokenizer=tokenizer.backend_tokenizer.to_str())
-    monkeypatch.setattr(evaluate, "_cached_env", lambda *args: ScriptedEnv())
+    monkeypatch.setattr(data, "LiberoEnv", lambda task, image_size: ScriptedEnv())
     monkeypatch.setattr(evaluate, "_cached_policy", lambda path: ScriptedPolicy())
     job = lambda index: evaluate._episode_job(evaluate.Config(stop="reflector", max_steps=64), "policy_sft.pt", ScriptedEnv.task, index, str(tmp_path))
     assert [job(index)["steps"] for index in (0, 1)] == [24, 24]  # the third score is the first that may stop
