@@ -235,7 +235,7 @@ def check_actions(actions, where):
 def check_frames(frames, image_size, who):
     """Frames (..., 3, H, W) as they are, or a UserError where the model `who` was trained on another size."""
     if tuple(frames.shape[-3:]) != (3, image_size, image_size):
-        raise UserError(f"frames are {frames.shape[-1]} pixels wide, this {who} was trained on {image_size}; pass --image-size {image_size}")
+        raise UserError(f"frames are {frames.shape[-1]} pixels wide, this {who} expects {image_size}; pass --image-size {image_size}")
     return frames
 
 

@@ -213,7 +213,8 @@ def train(cfg: Config):
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
     print(f"reflector: {sum(p.numel() for p in reflector.parameters()) / 1e6:.1f} M parameters, {len(episodes)} episodes, "
-          f"{len(positives)} positive and {len(negatives)} negative frames ({len(held_out)} episodes held out), steps {start} to {cfg.steps}")
+          f"{len(positives)} positive and {len(negatives)} negative frames ({len(held_out)} episodes held out), "
+          f"steps {start} to {cfg.steps}")
     began = time.time()
     for step in (bar := trange(start, cfg.steps, initial=start, total=cfg.steps, desc="reflector", mininterval=2)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
