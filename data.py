@@ -360,8 +360,7 @@ class LiberoEnv:
         self.task, self.image_size, self.init_states = task, image_size, suite.get_task_init_states(task.index)
         self.env.env._observables = {}  # robosuite's observables cost a quarter of a step and nobody here reads them
         self.env.env.visualize({name: False for name in self.env._visualizations})  # no green laser out of the gripper
-        self.sim = self.env.sim
-        robot = self.env.robots[0]
+        self.sim, robot = self.env.sim, self.env.robots[0]
         self._site, self._body = robot.eef_site_id, self.sim.model.body_name2id(robot.robot_model.eef_name)
         self._gripper = robot._ref_gripper_joint_pos_indexes
 

@@ -63,7 +63,7 @@ def test_results_are_json_that_any_reader_accepts(smoke_run, name):
     """Python writes NaN and Infinity, which are not JSON, where a number does not exist."""
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
-    json.loads((smoke_run.run / name).read_text(), parse_constant=refuse)
+    assert json.loads((smoke_run.run / name).read_text(), parse_constant=refuse)
 
 
 def test_the_table_names_tasks_stop_rule_and_real_interactions(smoke_run):
