@@ -7,7 +7,7 @@
 Stop rules (--stop): `oracle` ends an episode at the simulator's first success, the usual LIBERO protocol; `horizon` runs to the last
 step and judges the last state; `reflector` ends it when the reflector is sure and judges that state.
 Every finished episode is a line of runs/<run>/episodes.jsonl: a killed evaluation goes on where it was.
-Only policy queries are rendered, every chunk_size steps: a render costs as much as five control steps.
+Only policy queries are rendered, every chunk_size steps: a render costs as much as six control steps.
 Reads: policy_*.pt, world_sim.pt, reflector.pt.  Writes: runs/<run>/results.json, explore/*.hdf5, report.json.
 """
 import contextlib
@@ -269,7 +269,7 @@ def explore(cfg: Config):
     out = run / "explore"
     jobs = [(task, i) for task in tasks for i in range(cfg.explore_episodes) if not (out / f"{task.name}_{i}.hdf5").exists()]
     if jobs:
-        print(f"exploring: {len(jobs)} episodes with the noisy policy, about {len(jobs) * 16 / cfg.workers / 60:.0f} min")
+        print(f"exploring: {len(jobs)} episodes with the noisy policy, about {len(jobs) * 9 / cfg.workers / 60:.0f} min")
         with data.process_pool(min(cfg.workers, len(jobs))) as pool, tqdm(total=len(jobs), unit="episode", mininterval=2) as bar:
             for future in as_completed([pool.submit(_episode_job, cfg, policy, task, i, str(out)) for task, i in jobs]):
                 record = future.result()

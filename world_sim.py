@@ -147,7 +147,7 @@ def action_map(proprio, camera, size):
 class LinearVAE(nn.Module):
     """Probabilistic PCA of patches, the optimum of a VAE without hidden layers: (B, D, h, w) <-> (B, C, h, w).
 
-    What two cores buy: 31 dB PSNR on held-out frames in closed form; an AutoencoderKL (16 latents) was at 23 dB after 90 s.
+    What two cores buy: 31 dB PSNR on held-out frames in closed form; an AutoencoderKL (16 latents) had 23 dB after 90 s.
     """
 
     def __init__(self, inputs, latents, size):
