@@ -3,9 +3,10 @@
   python evaluate.py --tasks goal --policy runs/goal-tiny/policy_rl.pt     # success on LIBERO's official initial states
   python evaluate.py --tasks goal --explore     # noisy SFT policy -> runs/goal-tiny/explore/*.hdf5, successes and failures
   python evaluate.py --tasks goal --report      # simulator and reflector against held-out exploration episodes
+  python evaluate.py --tasks libero_goal_swap --policy runs/goal-tiny/policy_rl.pt   # LIBERO-90 and LIBERO-PRO: any suite by name
 
-Stop rules (--stop): `oracle` ends an episode at the simulator's first success, the usual LIBERO protocol; `horizon` runs to the last
-step and judges the last state; `reflector` ends it when the reflector is sure and judges that state.
+Stop rules (--stop): `oracle` ends an episode at the simulator's first success, the usual LIBERO protocol; `horizon` runs to the
+last step and judges the last state; `reflector` ends it when the reflector is sure and judges that state.
 Every finished episode is a line of runs/<run>/episodes.jsonl: a killed evaluation goes on where it was.
 Only policy queries are rendered, every chunk_size steps: a render costs as much as six control steps.
 Reads: policy_*.pt, world_sim.pt, reflector.pt.  Writes: runs/<run>/results.json, explore/*.hdf5, report.json.
@@ -17,7 +18,7 @@ import json
 import os
 import subprocess
 import time
-from concurrent.futures import as_completed
+from concurrent.futures import BrokenExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from world_sim import load_world_sim, open_loop
 
 @dataclass
 class Config:
-    tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2
+    tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2, libero_90
     policy: str = ""  # checkpoint to run; empty: policy_sft.pt of the run
     run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
     preset: str = "tiny"  # smoke or tiny; every other flag overrides it
@@ -45,7 +46,7 @@ class Config:
     workers: int = 2  # simulator processes
     explore: bool = False  # record exploration episodes instead of measuring success
     explore_episodes: int = 15  # per task
-    noise_scales: tuple[float, ...] = (1.0, 2.0, 4.0)  # exploration: the Laplace scale times one of these, in turn
+    noise_scale: tuple[float, ...] = (1.0, 2.0, 4.0)  # exploration: the Laplace scale times one of these, in turn
     explore_horizon: float = 0.6  # exploration: fraction of the suite's step limit
     frame_every: int = 4  # exploration: control steps between stored frames
     past_success: int = 16  # exploration: steps recorded past the first success
@@ -68,8 +69,8 @@ def wilson_interval(successes, trials):
 
 
 def paired_difference(before, after):
-    """Mean of after - before (success of the same episodes) and its 95 % interval -> (mean, low, high). Half a pair is added to each
-    of the four outcomes (Agresti and Min 2005), so that few episodes or equal outcomes do not give an interval of no width."""
+    """Mean of after - before (success of the same episodes) and its 95 % interval -> (mean, low, high). Half a pair is added to
+    each of the four outcomes (Agresti and Min 2005): few episodes or equal outcomes must not give an interval of no width."""
     difference = np.asarray(after, float) - np.asarray(before, float)
     n, centre = len(difference) + 2, difference.sum() / (len(difference) + 2)
     half = 1.959964 * np.sqrt(((difference ** 2).sum() + 1) / n - centre ** 2) / np.sqrt(n)
@@ -150,7 +151,11 @@ def _open_env(task, image_size):
         for env in _cached_env.values():
             env.close()
         _cached_env.clear()
-        _cached_env[task, image_size] = data.LiberoEnv(task, image_size)
+        try:
+            _cached_env[task, image_size] = data.LiberoEnv(task, image_size)
+        except FileNotFoundError as error:  # LIBERO-PRO registers suites whose models were never published
+            raise data.UserError(f"{task.suite}:{task.index} cannot be run: the installed libero lacks "
+                                 f"{Path(error.filename).name}; `libero-pro list` shows the complete suites") from None
     return _cached_env[task, image_size]
 
 
@@ -159,7 +164,7 @@ def _episode_job(cfg, policy_path, task, index, out):
     policy = _cached_policy(policy_path)
     env = _open_env(task, policy.cfg.image_size)
     if cfg.explore:
-        scale = cfg.noise_scales[index % len(cfg.noise_scales)]
+        scale = cfg.noise_scale[index % len(cfg.noise_scale)]
         record, episode = run_episode(env, policy, cfg, seed=EXPLORE_SEED + index, explore_scale=scale)
         data.write_libero_hdf5(Path(out) / f"{task.name}_{index}.hdf5", episode, task.suite)
         return record
@@ -167,6 +172,50 @@ def _episode_job(cfg, policy_path, task, index, out):
     record, frames = run_episode(env, policy, cfg, init_index=index, judge=judge)
     data.save_video(Path(out) / "videos" / f"real_{Path(policy_path).stem}_{task.suite}_{task.index}_{index}.mp4", frames)
     return record
+
+
+def run_jobs(cfg: Config, jobs):
+    """`_episode_job(cfg, *job)` of each job in simulator processes -> (job, record) as they end; an error drops queued jobs."""
+    success = []
+    with data.process_pool(min(cfg.workers, len(jobs))) as pool, tqdm(total=len(jobs), unit="episode", mininterval=2) as bar:
+        try:
+            futures = {pool.submit(_episode_job, cfg, *job): job for job in jobs}
+            for future in as_completed(futures):
+                success.append(future.result()["success"])
+                yield futures[future], future.result()
+                bar.update()
+                bar.set_postfix(success=f"{np.mean(success):.2f}")
+        except BrokenExecutor:
+            raise data.UserError("a simulator process was killed, perhaps for want of memory: each takes over a gigabyte; "
+                                 "run the same command again with --workers 1, finished episodes are kept") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def checked_tasks(cfg: Config) -> list[data.Task]:
+    """The tasks of `cfg`. Raises UserError on values that no episode can run with, and on tasks of which the installed libero
+    has only the name: more than half of the suites that LIBERO-PRO registers were never published."""
+    for name, least in dict(episodes=1, workers=1, explore_episodes=1, frame_every=1, max_steps=0, past_success=0).items():
+        if getattr(cfg, name) < least:
+            raise data.UserError(f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected at least {least}")
+    if not cfg.noise_scale or not all(0 < scale < np.inf for scale in cfg.noise_scale):
+        got = " ".join(map(str, cfg.noise_scale)) or "without a number"
+        raise data.UserError(f"got --noise-scale {got}, expected positive numbers such as 1 2 4")
+    tasks = data.parse_tasks(cfg.tasks)
+    if cfg.explore and len({task.name for task in tasks}) < len(tasks):
+        raise data.UserError(f"--tasks {cfg.tasks}: two of these tasks have the same name; explore one suite at a time")
+    for task in tasks:
+        label, init_states = f"{task.suite}:{task.index}", []
+        with contextlib.suppress(FileNotFoundError):
+            init_states = data.libero_suite(task.suite).get_task_init_states(task.index)
+        if not len(init_states) or not Path(task.bddl_path).exists():
+            raise data.UserError(f"{label} cannot be run: the installed libero lacks its description or its initial states; "
+                                 "`libero-pro list` shows the complete suites")
+        if not cfg.explore and cfg.episodes > len(init_states):
+            raise data.UserError(f"{label} has {len(init_states)} official initial states, got --episodes {cfg.episodes}")
+        if cfg.explore and int(task.max_steps * cfg.explore_horizon) < 1:
+            raise data.UserError(f"got --explore-horizon {cfg.explore_horizon}: not one of {label}'s {task.max_steps} steps")
+    return tasks
 
 
 def read_records(path):
@@ -178,15 +227,20 @@ def read_records(path):
     return records
 
 
+def append_record(path, record):
+    """One more line of a jsonl file, which starts a new line where a kill cut the last one short."""
+    cut = path.exists() and not path.read_bytes().endswith(b"\n")
+    with open(path, "a") as file:
+        file.write("\n" * cut + json.dumps(record) + "\n")
+
+
 # ---- success rates ---------------------------------------------------------------------------------------------------------
 
 def evaluate_policy(policies, cfg: Config) -> dict:
     """Success of checkpoint files on the same official initial states -> {path: {task: {successes, trials, interval, ...}}}."""
-    tasks, run = data.parse_tasks(cfg.tasks), data.run_dir(cfg)
+    tasks, run = checked_tasks(cfg), data.run_dir(cfg)
     if cfg.stop not in ("oracle", "horizon", "reflector"):
         raise data.UserError(f"unknown stop rule {cfg.stop!r}, expected oracle, horizon or reflector")
-    if cfg.episodes < 1 or cfg.workers < 1:
-        raise data.UserError(f"got --episodes {cfg.episodes} --workers {cfg.workers}, expected at least one of each")
     for path in policies:
         data.load_checkpoint(path, "policy")
     # a finished episode counts only for the very same weights and settings
@@ -203,15 +257,9 @@ def evaluate_policy(policies, cfg: Config) -> dict:
     if todo:
         print(f"evaluating {len(todo)} episodes in LIBERO ({len(jobs) - len(todo)} already done), "
               f"about {len(todo) * 8 / cfg.workers / 60:.0f} min")
-        with data.process_pool(min(cfg.workers, len(todo))) as pool, tqdm(total=len(todo), unit="episode", mininterval=2) as bar:
-            futures = {pool.submit(_episode_job, cfg, p, task, i, str(run)): (p, task, i) for p, task, i in todo}
-            for future in as_completed(futures):
-                record = dict(future.result(), stamp=stamp[futures[future][0]])
-                with open(log, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-                finished[key(*futures[future])] = record
-                bar.update()
-                bar.set_postfix(success=f"{np.mean([r['success'] for r in finished.values()]):.2f}")
+        for (p, task, i, _), record in run_jobs(cfg, [(*job, str(run)) for job in todo]):
+            finished[key(p, task, i)] = record | dict(stamp=stamp[p])
+            append_record(log, finished[key(p, task, i)])
     table = {}
     for p in policies:
         table[p] = {}
@@ -234,8 +282,8 @@ def summary(table, cfg: Config) -> dict:
     """What a result must carry: counts, intervals, the protocol, versions, hardware."""
     tasks = data.parse_tasks(cfg.tasks)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    out = dict(protocol=dict(stop=cfg.stop, max_steps=[cfg.max_steps or t.max_steps for t in tasks], settle_steps=data.SETTLE_STEPS,
-                             init_states=list(range(cfg.episodes)), seed=cfg.seed,
+    out = dict(protocol=dict(stop=cfg.stop, max_steps=[cfg.max_steps or t.max_steps for t in tasks], seed=cfg.seed,
+                             settle_steps=data.SETTLE_STEPS, init_states=list(range(cfg.episodes)),
                              actions="sampled" if cfg.sample else "deterministic"),
                versions=data.versions(), git_commit=git_commit(), hardware=f"{os.cpu_count()} CPU cores, {gpu}", policies={})
     for path, rows in table.items():
@@ -255,7 +303,7 @@ def print_table(result):
     print(f"\n{'real LIBERO, stop: ' + result['protocol']['stop']:44s}" + "".join(f"{n:32s}" for n in names))
     for task, row in result["policies"][names[0]]["tasks"].items():
         cells = [cell(result["policies"][n]["tasks"][task]) for n in names]
-        print(f"{task + ' ' + row['instruction'][:28]:44s}" + "".join(f"{c:32s}" for c in cells))
+        print(f"{(task + ' ' + row['instruction'])[:43]:44s}" + "".join(f"{c:32s}" for c in cells))
     print(f"{'all':44s}" + "".join(f"{cell(result['policies'][n]):32s}" for n in names))
 
 
@@ -263,18 +311,15 @@ def print_table(result):
 
 def explore(cfg: Config):
     """Roll the noisy SFT policy on fresh resets and store every episode, success or failure; finished files are kept."""
-    tasks, run = data.parse_tasks(cfg.tasks), data.run_dir(cfg)
+    tasks, run = checked_tasks(cfg), data.run_dir(cfg)
     policy = cfg.policy or str(run / "policy_sft.pt")
     data.load_checkpoint(policy, "policy")
     out = run / "explore"
     jobs = [(task, i) for task in tasks for i in range(cfg.explore_episodes) if not (out / f"{task.name}_{i}.hdf5").exists()]
     if jobs:
         print(f"exploring: {len(jobs)} episodes with the noisy policy, about {len(jobs) * 9 / cfg.workers / 60:.0f} min")
-        with data.process_pool(min(cfg.workers, len(jobs))) as pool, tqdm(total=len(jobs), unit="episode", mininterval=2) as bar:
-            for future in as_completed([pool.submit(_episode_job, cfg, policy, task, i, str(out)) for task, i in jobs]):
-                record = future.result()
-                bar.update()
-                data.log(run, "explore", record["seed"], {k: record[k] for k in ("steps", "success", "ever_success", "noise_scale")})
+        for _, record in run_jobs(cfg, [(policy, task, i, str(out)) for task, i in jobs]):
+            data.log(run, "explore", record["seed"], {k: record[k] for k in ("steps", "success", "ever_success", "noise_scale")})
     episodes = data.load_episodes(out, tasks, kinds=("explore",))
     print(f"{len(episodes)} exploration episodes in {out}, {sum(bool(e.success.any()) for e in episodes)} with success, "
           f"{sum(len(e.actions) for e in episodes)} real interactions")
@@ -283,7 +328,7 @@ def explore(cfg: Config):
 # ---- the reality gap -------------------------------------------------------------------------------------------------------
 
 def evaluate_world_sim(world_sim, episodes, horizons=(8, 32, 64)) -> dict:
-    """Replay held-out actions in imagination: PSNR (dB) by horizon, against the frozen first frame and against shuffled actions."""
+    """Replay held-out actions in imagination: PSNR (dB) by horizon, beside the frozen first frame and shuffled actions."""
     rng, rows = np.random.default_rng(0), {h: [] for h in horizons}
     for episode in episodes:
         step_of = {int(s): i for i, s in enumerate(episode.frame_steps)}
@@ -315,8 +360,8 @@ def evaluate_reflector(reflector, episodes, threshold=None) -> dict:
         else:
             false_stop.append(len(crossing) > 0)
     mean = lambda x: float(np.mean(x)) if len(x) else float("nan")
-    return dict(auc=roc_auc(p, label), frames=len(p), positives=int(label.sum()), episodes=len(episodes), failures=len(false_stop),
-                false_stop_rate=mean(false_stop), found_rate=mean(found), mean_delay_steps=mean(delay))
+    return dict(auc=roc_auc(p, label), frames=len(p), positives=int(label.sum()), episodes=len(episodes),
+                failures=len(false_stop), false_stop_rate=mean(false_stop), found_rate=mean(found), mean_delay_steps=mean(delay))
 
 
 def report(cfg: Config):

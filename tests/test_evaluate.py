@@ -1,5 +1,14 @@
-"""Statistics against known values and brute force; the stop rules of one episode in a scripted environment."""
+"""Statistics against known values and brute force; the stop rules of one episode in a scripted environment; suites, repeatability
+and `kill -9` in real LIBERO."""
 import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +17,13 @@ import torch
 
 import data
 import evaluate
+import policy
 import reflector
-from conftest import make_episode
+from conftest import ROOT, make_episode
 
 
-@pytest.mark.parametrize("successes, trials, low, high", [(0, 10, 0, 0.2775), (8, 10, 0.4902, 0.9433), (10, 10, 0.7225, 1), (50, 100, 0.4038, 0.5962), (0, 0, 0, 1)])
+@pytest.mark.parametrize("successes, trials, low, high", [
+    (0, 10, 0, 0.2775), (8, 10, 0.4902, 0.9433), (10, 10, 0.7225, 1), (50, 100, 0.4038, 0.5962), (0, 0, 0, 1)])
 def test_wilson_interval_has_the_published_values(successes, trials, low, high):
     assert evaluate.wilson_interval(successes, trials) == pytest.approx((low, high), abs=1e-4)
 
@@ -22,7 +33,8 @@ def test_paired_difference_uses_the_pairs():
     assert mean == 0.5 and (low, high) == pytest.approx((-0.1657, 0.8323), abs=1e-3)  # by hand: (2 +- 1.96 * sqrt(3 - 4 / 6)) / 6
     same = evaluate.paired_difference([1] * 10, [1] * 10)
     assert same[0] == 0 and same[1] < -0.1 and same[2] > 0.1  # ten equal outcomes do not prove equality
-    paired, shuffled = evaluate.paired_difference([0, 1] * 10, [0, 1] * 9 + [1, 1]), evaluate.paired_difference([0, 1] * 10, [1, 0] * 9 + [1, 1])
+    before = [0, 1] * 10
+    paired, shuffled = (evaluate.paired_difference(before, after * 9 + [1, 1]) for after in ([0, 1], [1, 0]))
     assert paired[0] == pytest.approx(shuffled[0]) and paired[2] - paired[1] < shuffled[2] - shuffled[1]
 
 
@@ -73,8 +85,9 @@ class ScriptedPolicy:
 
 
 def run(env, judge=None, explore_scale=None, **settings):
-    return evaluate.run_episode(env, ScriptedPolicy(), evaluate.Config(**{"max_steps": 30, **settings}), init_index=None if explore_scale else 0,
-                                seed=evaluate.EXPLORE_SEED + 3 if explore_scale else None, judge=judge, explore_scale=explore_scale)
+    which = dict(seed=evaluate.EXPLORE_SEED + 3) if explore_scale else dict(init_index=0)
+    return evaluate.run_episode(env, ScriptedPolicy(), evaluate.Config(**{"max_steps": 30, **settings}), **which, judge=judge,
+                                explore_scale=explore_scale)
 
 
 def test_oracle_stops_at_the_first_success():
@@ -104,16 +117,18 @@ def test_exploration_goes_on_past_success_and_is_stored_aligned():
     record, episode = run(ScriptedEnv(11), explore_scale=2.0, explore_horizon=0.9, past_success=16)
     assert 11 + 16 <= len(episode.actions) < 11 + 16 + 8 and record["ever_success"]
     assert episode.frame_steps.tolist() == list(range(0, len(episode.actions) + 1, 4))
-    assert (episode.frames[:, 0, 0, 0] == episode.frame_steps).all() and (episode.proprio[:, 0] == np.arange(len(episode.actions) + 1)).all()
-    assert (episode.states[:, 0] == episode.proprio[:, 0]).all() and np.flatnonzero(episode.success).tolist() == [11] and episode.index == 3
+    assert (episode.frames[:, 0, 0, 0] == episode.frame_steps).all() and episode.index == 3
+    assert (episode.proprio[:, 0] == np.arange(len(episode.actions) + 1)).all()
+    assert (episode.states[:, 0] == episode.proprio[:, 0]).all() and np.flatnonzero(episode.success).tolist() == [11]
 
 
 def test_reflector_report_counts_false_stops_and_delay():
     scores = {0: [0.1, 0.2, 0.9, 0.9], 1: [0.1, 0.9, 0.1, 0.1], 2: [0.1, 0.1, 0.1, 0.1], 3: [0.1, 0.1, 0.1, 0.2]}
-    episodes = [make_episode(T=12, index=0, success_from=6), make_episode(T=12, index=1), make_episode(T=12, index=2), make_episode(T=12, index=3, success_from=8)]
+    episodes = [make_episode(T=12, index=index, success_from=step) for index, step in enumerate((6, None, None, 8))]
     stub = SimpleNamespace(threshold=0.5, score=lambda episode: np.array(scores[episode.index]))
     result = evaluate.evaluate_reflector(stub, episodes)
-    assert result["false_stop_rate"] == 0.5 and result["found_rate"] == 0.5 and result["mean_delay_steps"] == 2 and result["positives"] == 4
+    assert result["false_stop_rate"] == 0.5 and result["found_rate"] == 0.5
+    assert result["mean_delay_steps"] == 2 and result["positives"] == 4
     assert evaluate.evaluate_reflector(stub, episodes, threshold=0.95)["found_rate"] == 0
 
 
@@ -125,5 +140,202 @@ def test_each_real_episode_is_judged_on_its_own(tokenizer, tmp_path, monkeypatch
     data.save_checkpoint(tmp_path / "reflector.pt", "reflector", cfg, model, tokenizer=tokenizer.backend_tokenizer.to_str())
     monkeypatch.setattr(data, "LiberoEnv", lambda task, image_size: ScriptedEnv())
     monkeypatch.setattr(evaluate, "_cached_policy", lambda path: ScriptedPolicy())
-    job = lambda index: evaluate._episode_job(evaluate.Config(stop="reflector", max_steps=64), "policy_sft.pt", ScriptedEnv.task, index, str(tmp_path))
+    cfg = evaluate.Config(stop="reflector", max_steps=64)
+    job = lambda index: evaluate._episode_job(cfg, "policy_sft.pt", ScriptedEnv.task, index, str(tmp_path))
     assert [job(index)["steps"] for index in (0, 1)] == [24, 24]  # the third score is the first that may stop
+
+
+# ---- flags and suites ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, says", [
+    ("--explore --noise-scale", "got --noise-scale without a number"), ("--explore --noise-scale -2", "got --noise-scale -2.0"),
+    ("--explore --noise-scale 1 0", "got --noise-scale 1.0 0.0"), ("--explore --noise-scale nan", "got --noise-scale nan"),
+    ("--explore --noise-scale inf", "got --noise-scale inf"), ("--explore --explore-horizon 0", "got --explore-horizon 0.0"),
+    ("--explore --explore-episodes 0", "got --explore-episodes 0"), ("--explore --frame-every 0", "got --frame-every 0"),
+    ("--workers 0", "got --workers 0"), ("--episodes 0", "got --episodes 0"), ("--max-steps -1", "got --max-steps -1"),
+    ("--episodes 51", "libero_goal:7 has 50 official initial states, got --episodes 51"),
+    ("--explore --tasks goal:7+libero_goal_swap:7", "two of these tasks have the same name"),
+    ("--tasks libero_goal_env:3", "libero_goal_env:3 cannot be run"), ("--tasks libero_100", "libero_100"),
+    ("--explore --tasks libero_goal_env", "libero_goal_env:0 cannot be run"),
+    ("--tasks libero_10_with_milk:2,3", "libero_10_with_milk:3 cannot be run"),
+])
+def test_values_and_tasks_that_cannot_be_run_are_one_line(flags, says, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *(["--tasks", "goal:7"] if "--tasks" not in flags else []), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        data.command_line(evaluate.main, evaluate.PRESETS, evaluate.__doc__)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0], lines
+    assert not list(tmp_path.iterdir())
+
+
+PRO = [f"libero_{base}_{kind}" for base in ("spatial", "object", "goal", "10") for kind in ("lan", "object", "swap", "task")]
+
+
+def test_every_published_suite_is_known_by_name_and_runs_as_long_as_its_base():
+    for suite in ["libero_90", *PRO, "libero_goal_with_mug", "libero_10_with_mug", "libero_object_with_yellow_book"]:
+        tasks = evaluate.checked_tasks(evaluate.Config(tasks=suite))
+        base = max((name for name in data.MAX_STEPS if suite.startswith(name)), key=len)
+        assert {task.max_steps for task in tasks} == {data.MAX_STEPS[base]}, suite
+        assert len(tasks) == (90 if suite == "libero_90" else 10) and all(task.camera.shape == (3, 4) for task in tasks)
+
+
+def test_the_policy_is_told_the_perturbed_instruction():
+    """LIBERO-PRO writes it into the task description; the file name, LIBERO's own source of instructions, keeps the old one."""
+    instruction = lambda spec: data.parse_tasks(spec)[0].instruction
+    assert instruction("libero_goal_task:0") == "open the bottom drawer of the cabinet" != instruction("libero_goal:0")
+    assert instruction("libero_10_lan:0") == "place alphabet soup and tomato sauce into basket"
+    for suite in PRO:  # a paraphrase and a new task differ from the base suite, moved and replaced objects do not
+        for task, base in zip(data.parse_tasks(suite), data.parse_tasks(suite.rsplit("_", 1)[0])):
+            assert (task.instruction != base.instruction) == suite.endswith(("_lan", "_task")), (suite, task.index)
+
+
+def test_noise_levels_are_mixed_by_the_number_of_the_episode(monkeypatch, tmp_path):
+    scripted = ScriptedPolicy()
+    monkeypatch.setattr(data, "LiberoEnv", lambda task, image_size: ScriptedEnv())
+    monkeypatch.setattr(evaluate, "_cached_policy", lambda path: scripted)
+    monkeypatch.setattr(evaluate, "_cached_env", {})
+    cfg, used = evaluate.Config(explore=True, explore_horizon=0.1, noise_scale=(0.5, 3.0)), []
+    for index in (3, 0, 1):
+        record = evaluate._episode_job(cfg, "policy_sft.pt", ScriptedEnv.task, index, str(tmp_path))
+        used.append((record["noise_scale"], scripted.noise_scale))
+    assert used == [(3.0, 3.0), (0.5, 0.5), (3.0, 3.0)]
+    evaluate._episode_job(dataclasses.replace(cfg, explore=False), "policy_sft.pt", ScriptedEnv.task, 0, str(tmp_path))
+    assert scripted.noise_scale == 1  # exploration leaves nothing behind
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------------
+
+def test_an_error_is_told_before_the_queued_episodes_run(monkeypatch):
+    begun = []
+
+    def job(cfg, number):
+        begun.append(number)
+        time.sleep(0.05)
+        if number == 1:
+            raise data.UserError("no such thing")
+        return dict(success=True)
+
+    monkeypatch.setattr(data, "process_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(evaluate, "_episode_job", job)
+    ended = []
+    with pytest.raises(data.UserError, match="no such thing"):
+        ended += [n for (n,), _ in evaluate.run_jobs(evaluate.Config(workers=1), [(n,) for n in range(20)])]
+    assert len(begun) <= 4
+    monkeypatch.setattr(evaluate, "_episode_job", lambda cfg, number: (_ for _ in ()).throw(BrokenExecutor("died")))
+    with pytest.raises(data.UserError, match="simulator process was killed.*--workers 1"):
+        list(evaluate.run_jobs(evaluate.Config(workers=1), [(0,)]))
+
+
+def test_a_line_cut_short_costs_that_record_only(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    for number in range(2):
+        evaluate.append_record(path, dict(number=number))
+    path.write_text(path.read_text()[:-4])  # a kill in mid line
+    evaluate.append_record(path, dict(number=2))
+    evaluate.append_record(path, dict(number=3))
+    assert [record["number"] for record in evaluate.read_records(path)] == [0, 2, 3] and path.read_text().count("\n") == 4
+
+
+# ---- real episodes ---------------------------------------------------------------------------------------------------------
+
+EPISODES = evaluate.Config(tasks="goal:7", run="killed", workers=1, episodes=3, max_steps=32)
+EXPLORE = dataclasses.replace(EPISODES, explore=True, explore_episodes=4, explore_horizon=0.11)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tokenizer):
+    """Random weights, and all episodes of EXPLORE and EPISODES in this process, in another order -> file, episodes, records."""
+    cwd, cfg, task = tmp_path_factory.mktemp("undisturbed"), policy.PRESETS["smoke"], data.parse_tasks("goal:7")[0]
+    torch.manual_seed(0)
+    model, path = policy.Policy(cfg, tokenizer), cwd / "policy_sft.pt"
+    data.save_checkpoint(path, "policy_sft", cfg, model, tokenizer=tokenizer.backend_tokenizer.to_str(), demos={})
+    for index in (1, 3, 0, 2):
+        evaluate._episode_job(EXPLORE, str(path), task, index, str(cwd))
+    records = [evaluate._episode_job(EPISODES, str(path), task, index, str(cwd)) for index in (2, 0, 1)]
+    yield SimpleNamespace(path=path, task=task, records=sorted(records, key=lambda r: r["init_index"]),
+                          episodes=[read(cwd, task, index) for index in range(4)])
+    for env in evaluate._cached_env.values():  # a gigabyte that later tests do not need
+        env.close()
+    evaluate._cached_env.clear()
+
+
+def read(folder, task, index):
+    episode, = data.read_libero_hdf5(folder / f"{task.name}_{index}.hdf5")
+    return episode
+
+
+def assert_same_bits(a, b):
+    for name in ("actions", "states", "success", "proprio", "frames", "frame_steps"):
+        assert np.array_equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_an_exploration_episode_depends_on_nothing_but_its_number(undisturbed, tmp_path):
+    """Episode 3 alone in a fresh process, and after episode 1 in this one."""
+    with data.process_pool(1) as pool:
+        pool.submit(evaluate._episode_job, EXPLORE, str(undisturbed.path), undisturbed.task, 3, str(tmp_path)).result()
+    assert_same_bits(read(tmp_path, undisturbed.task, 3), undisturbed.episodes[3])
+    assert len(undisturbed.episodes[3].actions) == 33 and np.ptp(undisturbed.episodes[3].states, 0).max() > 0.01
+    assert not np.array_equal(undisturbed.episodes[3].states, undisturbed.episodes[0].states)  # as noisy, but another number
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for worker processes in /proc")
+@pytest.mark.parametrize("cfg", [EXPLORE, EPISODES], ids=["explore", "evaluate"])
+def test_kill_9_costs_the_episodes_in_flight_and_nothing_else(undisturbed, cfg, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs" / "killed"
+    run.mkdir(parents=True)
+    shutil.copy(undisturbed.path, run)
+    finished = lambda: {p.name: p.read_bytes() for p in (run / "explore").glob("[!.]*.hdf5")} if cfg.explore else dict(
+        enumerate((run / "episodes.jsonl").read_text().splitlines() if (run / "episodes.jsonl").exists() else []))
+    flags = [x for name in ("tasks", "run", "workers", "episodes", "max_steps", "explore_episodes", "explore_horizon")
+             for x in (f"--{name.replace('_', '-')}", str(getattr(cfg, name)))]
+    process = subprocess.Popen([sys.executable, ROOT / "evaluate.py", *flags, *["--explore"] * cfg.explore], cwd=tmp_path)
+    while not finished():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.4)  # into the next episode
+    workers = [int(pid) for path in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in workers if alive(pid)]
+    for pid in left:
+        os.kill(pid, 9)
+    assert workers and not left, "worker processes outlived the run"
+    before, total = finished(), cfg.explore_episodes if cfg.explore else cfg.episodes
+    assert 1 <= len(before) < total
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    evaluate.main(cfg)
+    assert f"{total - len(before)} episodes" in capsys.readouterr().out and before.items() <= finished().items()
+    assert len(finished()) == total and not list(tmp_path.rglob("*.part*"))
+    if cfg.explore:
+        for index in range(total):
+            assert_same_bits(read(run / "explore", undisturbed.task, index), undisturbed.episodes[index])
+    else:
+        records = sorted(evaluate.read_records(run / "episodes.jsonl"), key=lambda r: r["init_index"])
+        assert [r | dict(stamp=None) for r in records] == [r | dict(stamp=None) for r in undisturbed.records]
+        row, = json.loads((run / "results_policy_sft_oracle.json").read_text())["policies"]["policy_sft"]["tasks"].values()
+        assert row["success"] == [r["success"] for r in undisturbed.records] and row["mean_steps"] == 32
+
+
+@pytest.mark.parametrize("spec", ["libero_90:0", "libero_goal_swap:1"])
+def test_other_suites_run_by_name(undisturbed, spec, tmp_path):
+    task, = data.parse_tasks(spec)
+    record = evaluate._episode_job(dataclasses.replace(EPISODES, max_steps=8), str(undisturbed.path), task, 0, str(tmp_path))
+    assert record["task"] == spec and record["steps"] == 8 and len(list((tmp_path / "videos").glob(f"*{task.suite}*.mp4"))) == 1
+
+
+def test_a_suite_without_its_models_is_one_line():
+    """LIBERO-PRO has descriptions and initial states of suites whose objects were never published."""
+    with pytest.raises(data.UserError, match="libero_goal_with_red_stick:0 cannot be run: .* lacks red_sticker.xml"):
+        evaluate._open_env(data.parse_tasks("libero_goal_with_red_stick:0")[0], 32)

@@ -1,0 +1,108 @@
+"""How fast it runs: `python tests/bench.py`. Prints one table and writes nothing.
+
+control steps   Control steps per wall-clock second of whole LIBERO episodes (reset, policy queries, physics, rendering) as
+                evaluate.py runs them, with one render per chunk of actions, against the same episodes with one render per control
+                step, as other code bases run them; in one simulator process and in two. Same task, initial states, actions and
+                number of steps. Environments are built before the clock starts. The two take turns: a machine that slows down
+                slows both.
+
+The policy is `tiny` with random weights: what a query costs does not depend on them.
+To add a section, write a function `cfg -> (header, rows of text)` and name it in SECTIONS.
+"""
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # one thread per process, as in the workers of evaluate.py
+
+import functools  # noqa: E402
+import statistics  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import policy as policy_script  # noqa: E402
+
+
+@dataclass
+class Config:
+    tasks: str = "goal:1"  # one task of LIBERO
+    steps: int = 64  # control steps per episode
+    rounds: int = 3  # timed episodes per process and way of rendering
+    workers: int = 2  # simulator processes of the second row
+
+
+# ---- control steps per second ----------------------------------------------------------------------------------------------
+
+class BenchEnv(data.LiberoEnv):
+    """With `per_step`, a frame (3, H, W) is rendered after every control step; the last of a chunk is what the policy sees."""
+    per_step, shown = False, None
+
+    def step_chunk(self, actions, render=True):
+        result = super().step_chunk(actions, render=False)
+        self.shown = super().render() if self.per_step else None
+        return result
+
+    def render(self):
+        shown, self.shown = self.shown, None
+        return super().render() if shown is None else shown
+
+
+@functools.cache
+def simulator(tasks):
+    """Runs in a worker, once: (environment, policy, seconds it took to build the environment)."""
+    torch.manual_seed(0)
+    tokenizer = policy_script.load_tokenizer(policy_script.train_tokenizer())
+    policy = policy_script.Policy(policy_script.PRESETS["tiny"], tokenizer).eval()
+    began = time.perf_counter()
+    return BenchEnv(data.parse_tasks(tasks)[0], policy.cfg.image_size), policy, time.perf_counter() - began
+
+
+def episode(cfg: Config, per_step, init_index, steps):
+    """Runs in a worker: one episode of evaluate.py -> (control steps, final frame (3, H, W), seconds that building took)."""
+    env, policy, built = simulator(cfg.tasks)
+    env.per_step = per_step
+    record, frames = evaluate.run_episode(env, policy, evaluate.Config(stop="horizon", max_steps=steps), init_index=init_index)
+    return record["steps"], frames[-1], built
+
+
+def control_steps(cfg: Config):
+    """Steps of all processes by the time from the first one's start to the last one's end; median over rounds of their ratio."""
+    pools = [data.process_pool(1) for _ in range(cfg.workers)]  # one process each: none takes another's job
+    together = lambda pools, *args: [job.result() for job in [pool.submit(episode, cfg, *args) for pool in pools]]
+    warm = [together([pool], per_step, 0, 8)[0] for pool in pools for per_step in (False, True)]
+    rows = []
+    for number in sorted({1, cfg.workers}):
+        rates = {False: [], True: []}
+        for round_ in range(cfg.rounds):
+            frames = {}
+            for per_step in (False, True) if round_ % 2 == 0 else (True, False):
+                began = time.perf_counter()
+                done = together(pools[:number], per_step, round_, cfg.steps)
+                rates[per_step].append(sum(steps for steps, _, _ in done) / (time.perf_counter() - began))
+                frames[per_step] = done[0][1]
+            assert (frames[False] == frames[True]).all(), "the two ways of rendering must give the same episode"
+        cells = [f"{statistics.mean(rates[k]):6.1f} [{min(rates[k]):5.1f}, {max(rates[k]):5.1f}]" for k in (False, True)]
+        ratio = statistics.median(chunk / step for chunk, step in zip(rates[False], rates[True]))
+        rows.append(f"{number:9d} {cells[0]:>24s} {cells[1]:>24s} {ratio:8.2f}x {max(built for _, _, built in warm):16.1f}")
+    for pool in pools:
+        pool.shutdown()
+    return f"{'processes':>9s} {'a render per chunk':>24s} {'a render per step':>24s} {'ratio':>9s} {'build env (s)':>16s}", rows
+
+
+SECTIONS = {"control steps per second, mean [slowest, fastest round]": control_steps}
+
+
+def main(cfg: Config):
+    for title, section in SECTIONS.items():
+        header, rows = section(cfg)
+        print(f"{title}; {cfg.tasks}, {cfg.rounds} x {cfg.steps} steps, {os.cpu_count()} CPU cores", header, *rows, sep="\n")
+
+
+if __name__ == "__main__":
+    data.command_line(main, {"tiny": Config()}, __doc__)
