@@ -7,6 +7,8 @@ control steps   Control steps per wall-clock second of whole LIBERO episodes (re
                 slows both.
 
 The policy is `tiny` with random weights: what a query costs does not depend on them.
+frames          Rendered frames per second of CPU time, with LIBERO's own meshes and as data.py thins them.
+
 To add a section, write a function `cfg -> (header, rows of text)` and name it in SECTIONS.
 """
 import os
@@ -32,6 +34,7 @@ import policy as policy_script  # noqa: E402
 @dataclass
 class Config:
     tasks: str = "goal:1"  # one task of LIBERO
+    frames_of: str = "goal:0+object:0+spatial:0+long:0"  # tasks whose views are timed
     steps: int = 64  # control steps per episode
     rounds: int = 3  # timed episodes per process and way of rendering
     workers: int = 2  # simulator processes of the second row
@@ -48,9 +51,9 @@ class BenchEnv(data.LiberoEnv):
         self.shown = super().render() if self.per_step else None
         return result
 
-    def render(self):
+    def render(self, camera="agentview"):
         shown, self.shown = self.shown, None
-        return super().render() if shown is None else shown
+        return super().render(camera) if shown is None else shown
 
 
 @functools.cache
@@ -95,7 +98,30 @@ def control_steps(cfg: Config):
     return f"{'processes':>9s} {'a render per chunk':>24s} {'a render per step':>24s} {'ratio':>9s} {'build env (s)':>16s}", rows
 
 
-SECTIONS = {"control steps per second, mean [slowest, fastest round]": control_steps}
+# ---- frames per second -----------------------------------------------------------------------------------------------------
+
+def frames(cfg: Config, image_size=128, views=20):
+    """One view of one process with LIBERO's own meshes and with thinned ones: CPU time (median), and how far the pictures differ."""
+    rows = []
+    for task in data.parse_tasks(cfg.frames_of):
+        pictures, rates = [], []
+        for grid in (0, 0.004):
+            env = data.LiberoEnv(task, image_size, mesh_grid=grid)
+            env.reset(0)
+            took = []
+            for _ in range(views):
+                began = time.process_time()
+                picture = env.render()
+                took.append(time.process_time() - began)
+            pictures.append(picture.astype(float))
+            rates.append(1 / statistics.median(took))
+            env.close()
+        difference = abs(pictures[0] - pictures[1]).mean()
+        rows.append(f"{task.suite + ':' + str(task.index):>16s} {rates[0]:10.1f} {rates[1]:10.1f} {difference:15.2f}")
+    return f"{'':16s} {'stock':>10s} {'thinned':>10s} {'difference/255':>15s}", rows
+
+
+SECTIONS = {"control steps per second, mean [slowest, fastest round]": control_steps, "frames per second of CPU time": frames}
 
 
 def main(cfg: Config):
