@@ -145,10 +145,10 @@ class Expert:
 
     # ---- moving the hand ---------------------------------------------------------------------------------------------------
 
-    def servo(self, error, angle, speed):
-        """One proportional step that makes up for `error` (m) and `angle` (rotation vector), no component above `speed` and 0.6."""
+    def servo(self, error, angle, speed, spin=0.6):
+        """One proportional step that makes up for `error` (m) and `angle` (rotation vector), no component above `speed` and `spin`."""
         move, turn = 1.6 * error / 0.05, 1.5 * angle / 0.5
-        self.step(move * min(1, speed / max(np.abs(move).max(), 1e-9)), turn * min(1, 0.6 / max(np.abs(turn).max(), 1e-9)))
+        self.step(move * min(1, speed / max(np.abs(move).max(), 1e-9)), turn * min(1, spin / max(np.abs(turn).max(), 1e-9)))
 
     def reach(self, position, axes, speed=1.0, near=0.008, force=False):
         """Proportional control of the grip site to a pose; `force` accepts that something is in the way."""
@@ -378,7 +378,7 @@ class Expert:
             turn = Rotation.from_rotvec(axis * ahead).as_matrix() if hinge else np.eye(3)
             goal = anchor + turn @ (site - anchor) if hinge else site + axis * ahead
             at, now = self.pose()
-            self.servo(goal - at, Rotation.from_matrix((turn @ hand if grasped else hand) @ now.T).as_rotvec(), 0.6)
+            self.servo(goal - at, Rotation.from_matrix((turn @ hand if grasped else hand) @ now.T).as_rotvec(), 0.6, 0.5)
             gone = (self.position(joint) - start) * np.sign(amount)
             best, stuck = (gone, 0) if gone > best + 0.002 else (best, stuck + 1)
             if stuck > 25:
