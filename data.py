@@ -335,7 +335,7 @@ def _start_worker():  # ends with its parent: idle workers outlive one that is k
 
 def thin_meshes(sim, grid):
     """Draw large visual meshes coarser: vertices in one cell of `grid` (m) become one of them; collision geoms stay. At 4 mm and 128
-    pixels the pictures differ by 0.3 to 1.3 of 255 from LIBERO's own, as if its camera had moved by half a millimetre."""
+    pixels the pictures differ by 0.3 to 1.4 of 255 from LIBERO's own, as if its camera had moved by half a millimetre."""
     import mujoco
     model, context = sim.model._model, sim._render_context_offscreen
     context.gl_ctx.make_current()  # the upload goes to whatever context is current
