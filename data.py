@@ -1,11 +1,10 @@
-"""Demonstrations on disk, the LIBERO simulator, and the files every script reads and writes.
-
-  python data.py --check data/     # what demonstrations a directory holds, and what is wrong with them
-Everything that crosses a file boundary is fixed here, once:
+"""Demonstrations on disk, the LIBERO simulator, and everything that crosses a file boundary:
   frames    uint8 (F, 3, H, W), rotated by 180 degrees from the raw buffer (`orient`), as for OpenVLA-OFT's published checkpoints
   proprio   8 floats: eef position (m), eef axis-angle (rad), gripper joint positions (m)
   actions   7 floats in [-1, 1], LIBERO's OSC_POSE convention: +-1 is 5 cm / 0.5 rad; gripper -1 open, +1 close
 Dims: T control steps (20 Hz), action t leads from state t to t+1; F frames that were rendered (at `frame_steps`), H W pixels.
+
+  python data.py --check data/     # what demonstrations a directory holds, and what is wrong with them
 """
 import contextlib
 import dataclasses
@@ -100,7 +99,6 @@ def parse_tasks(spec: str) -> list[Task]:
 
 
 # ---- episodes and HDF5 ---------------------------------------------------------------------------------------------------
-
 @dataclasses.dataclass
 class Episode:
     frames: np.ndarray       # (F, 3, H, W) uint8, oriented
@@ -232,9 +230,8 @@ def check_frames(frames, image_size, who):  # frames (..., 3, H, W)
 
 
 def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=None, wrist=False) -> list[Episode]:
-    """Episodes of `tasks` below directories (or files) `demos`; for tasks without any, the shipped demonstrations are rendered.
-    Of each task's expert demonstrations `np.linspace(0, n-1, demos_per_task)` are taken, of exploration episodes all.
-    `image_size` fixes H = W; None takes the files as they are. `wrist` asks for `wrist_frames`. Raises UserError."""
+    """Episodes of `tasks` below directories (or files) `demos`, else the shipped demonstrations, rendered: of each task's expert
+    ones `np.linspace(0, n-1, demos_per_task)`, of exploration all. `image_size` None takes files as they are. Raises UserError."""
     require(demos_per_task >= 1, f"got --demos-per-task {demos_per_task}, expected at least 1")
     roots = [Path(d) for d in ([demos] if isinstance(demos, (str, Path)) else demos)]
     by_task, below = {task.name: task for task in tasks}, f"below {', '.join(map(str, roots))}"
@@ -279,7 +276,6 @@ def spread(n, size):  # `size` of n demonstrations or frames, evenly, as RIPT-VL
 
 
 # ---- the simulator, and the shipped demonstrations that it renders ---------------------------------------------------------
-
 def render_demos(root, tasks, image_size, demos_per_task, wrist=False, workers=2):
     """Render what is not yet in `root/rendered/<size>/<suite>/<task>/` -> {(task name, "expert"): {demo id: path}}."""
     shipped, found, jobs, frames = np.load(root / "libero_demos.npz"), {}, [], 0
@@ -334,8 +330,7 @@ def _start_worker():  # ends with its parent: idle workers outlive one that is k
 
 
 def thin_meshes(sim, grid):
-    """Draw large visual meshes coarser: vertices in one cell of `grid` (m) become one of them; collision geoms stay. At 4 mm and 128
-    pixels the pictures differ by 0.3 to 1.4 of 255 from LIBERO's own, as if its camera had moved by half a millimetre."""
+    """Draw large visual meshes coarser: vertices in one cell of `grid` (m) become one. 4 mm change a picture by 0.3 to 1.4 of 255."""
     import mujoco
     model, context = sim.model._model, sim._render_context_offscreen
     context.gl_ctx.make_current()  # the upload goes to whatever context is current
@@ -374,8 +369,7 @@ class LiberoEnv:
         self.env.env.visualize({name: False for name in self.env._visualizations})  # no green laser out of the gripper
         self.sim, robot = self.env.sim, self.env.robots[0]
         self._site, self._body = robot.eef_site_id, self.sim.model.body_name2id(robot.robot_model.eef_name)
-        self._gripper = robot._ref_gripper_joint_pos_indexes
-        self.state, self.close = self.env.get_sim_state, self.env.close
+        self.state, self.close, self._gripper = self.env.get_sim_state, self.env.close, robot._ref_gripper_joint_pos_indexes
         thin_meshes(self.sim, mesh_grid)  # 0: LIBERO's own meshes, for checkpoints trained on them
 
     def reset(self, init_index=None, seed=None) -> dict:
@@ -421,7 +415,6 @@ class LiberoEnv:
 
 
 # ---- artifacts: checkpoints, videos, logs, and the command line they share -------------------------------------------------
-
 def versions() -> dict:
     return {name: importlib.metadata.version(name) for name in "torch transformers diffusers mujoco robosuite numpy".split()}
 
@@ -465,6 +458,13 @@ def resume(path, kind, config, device="cpu", key="config", ignore=("run",)):
     made = ", ".join(f"{name}={checkpoint[key].get(name)!r}, asked for {asked[name]!r}" for name in differ)
     require(not differ, f"{path} was made with {made}; delete it, or pass --run with a new name")
     return checkpoint, checkpoint["finished"]
+
+
+def restore(checkpoint, model, optimizer) -> int:  # -> the step at which training goes on
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"] if checkpoint else 0
 
 
 def run_dir(config) -> Path:  # runs/<name>/; the default name says tasks and preset, `goal-tiny`

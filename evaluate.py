@@ -111,7 +111,7 @@ def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None
     frames, frame_steps, proprio, actions, states = [obs["frames"]], [0], [env.proprio()], [], [env.state()]
     success, stopped, p_success = [bool(env.env.check_success())], False, 0.0
     while len(actions) < max_steps and not stopped:
-        batch = {key: torch.from_numpy(obs[key])[None] for key in ("frames", "proprio")} | dict(instruction=[obs["instruction"]])
+        batch = {key: [value] if isinstance(value, str) else torch.from_numpy(value)[None] for key, value in obs.items()}
         chunk = policy.to_env(policy.act(batch, deterministic=not (exploring or cfg.sample))[0])
         chunk = chunk[0].numpy()[:max_steps - len(actions)]
         for piece in (np.split(chunk, range(cfg.frame_every, len(chunk), cfg.frame_every)) if exploring else [chunk]):
@@ -126,8 +126,8 @@ def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None
                     stopped = True
                     break
             frame_steps.append(len(actions))
-            frames.append(env.render())  # the last frame of a stopped episode ends its video
-        obs = dict(frames=frames[-1], proprio=proprio[-1], instruction=obs["instruction"])
+            obs = env.observe()
+            frames.append(obs["frames"])  # the last frame of a stopped episode ends its video
         if exploring and any(success):
             stopped = len(actions) >= np.argmax(success) + cfg.past_success
         if judge and cfg.stop == "reflector" and not exploring:
@@ -146,23 +146,23 @@ _cached_policy, _cached_reflector = functools.lru_cache(2)(load_policy), functoo
 _cached_env = {}  # the one environment a worker keeps open; each takes over a gigabyte
 
 
-def _open_env(task, image_size):
-    if (task, image_size) not in _cached_env:
+def _open_env(*key):  # task, image_size, wrist
+    if key not in _cached_env:
         for env in _cached_env.values():
             env.close()
         _cached_env.clear()
         try:
-            _cached_env[task, image_size] = data.LiberoEnv(task, image_size)
+            _cached_env[key] = data.LiberoEnv(*key)
         except FileNotFoundError as error:  # LIBERO-PRO registers suites whose models were never published
-            raise data.UserError(f"{task.suite}:{task.index} cannot be run: the installed libero lacks "
+            raise data.UserError(f"{key[0].suite}:{key[0].index} cannot be run: the installed libero lacks "
                                  f"{Path(error.filename).name}; `libero-pro list` shows the complete suites") from None
-    return _cached_env[task, image_size]
+    return _cached_env[key]
 
 
 def _episode_job(cfg, policy_path, task, index, out):
     """Runs in a worker: one exploration episode to an HDF5 file, or one evaluation episode with its frames kept for a video."""
     policy = _cached_policy(policy_path)
-    env = _open_env(task, policy.cfg.image_size)
+    env = _open_env(task, policy.cfg.image_size, policy.cfg.cameras == 2)
     if cfg.explore:
         scale = cfg.noise_scale[index % len(cfg.noise_scale)]
         record, episode = run_episode(env, policy, cfg, seed=EXPLORE_SEED + index, explore_scale=scale)
@@ -294,8 +294,17 @@ def summary(table, cfg: Config) -> dict:
     return out
 
 
+def compare(before, after, cfg: Config) -> dict:
+    """Two policies on the same official initial states -> `summary`, the paired difference, and what real data training used."""
+    table = evaluate_policy([str(before), str(after)], cfg)
+    outcomes = [[s for row in rows.values() for s in row["success"]] for rows in table.values()]
+    explored = data.load_episodes(data.run_dir(cfg) / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",))
+    return summary(table, cfg) | dict(difference=paired_difference(*outcomes), exploration_episodes=len(explored),
+                                      real_interactions=sum(len(e.actions) for e in explored))
+
+
 def print_table(result):
-    """One line per task, one column per policy: successes/trials [Wilson 95 % interval]."""
+    """One line per task, one column per policy: successes/trials [Wilson 95 % interval]; for two, their difference."""
     def cell(row):
         rate, low, high = (100 * x for x in (row["successes"] / row["trials"], *row["interval"]))
         return f"{row['successes']:3d}/{row['trials']:<3d} {rate:5.1f} % [{low:4.1f}, {high:4.1f}]"
@@ -305,6 +314,10 @@ def print_table(result):
         cells = [cell(result["policies"][n]["tasks"][task]) for n in names]
         print(f"{(task + ' ' + row['instruction'])[:43]:44s}" + "".join(f"{c:32s}" for c in cells))
     print(f"{'all':44s}" + "".join(f"{cell(result['policies'][n]):32s}" for n in names))
+    if "difference" in result:
+        mean, low, high = (100 * x for x in result["difference"])
+        print(f"RL - SFT, paired: {mean:+.1f} points [{low:+.1f}, {high:+.1f}] (95 %), stop rule: {result['protocol']['stop']}; "
+              f"real interactions used in training: {result['real_interactions']} steps in {result['exploration_episodes']} episodes")
 
 
 # ---- exploration data ------------------------------------------------------------------------------------------------------

@@ -1,24 +1,29 @@
 """The policy: OpenVLA-OFT with a Laplace scale head, and its supervised fine-tuning (SFT) on a few demonstrations.
 
 One forward pass predicts a whole chunk of K actions (parallel decoding, OpenVLA-OFT arXiv 2502.19645):
-  [BOS] [image patches] [proprio] [prompt] [K * tokens_per_action placeholders, zero embeddings]  ->  Llama, all see all
+  [BOS] [image patches] [proprio] [prompt] [K * tokens_per_action placeholders, zero embeddings] [EOS]  ->  Llama
   the hidden states from the last prompt token on (one to the left of the placeholders) -> MLPResNet -> loc (B, K, 7)
+Attention `full` (OpenVLA-OFT): everything sees everything. `suffix`: what comes before the last prompt token does not see what
+follows, so its keys and values can be computed once, without gradient where only the suffix is to learn (RIPT-VLA's PPO update).
 A second head gives the log of a Laplace scale, so that the policy has a density (World-Env arXiv 2509.24948, section 3):
   p(a | o) = prod_d Laplace(a_d; loc_d, exp(log_scale_d))                       sampled, stored and updated with the same formula
 SFT: mean |a - loc| on normalised actions; then, everything else frozen, the scale head by the negative log-likelihood
   mean[log_scale + |a - loc| / exp(log_scale)].
-Dims: B batch, K chunk_size, P patches, D model width, H W pixels.
+Dims: B batch, K chunk_size, P patches of all cameras, C their channels, D model width, L prompt tokens, H W pixels.
 
-Differs from the paper: one camera; `tiny` trains from scratch, with a small ResNet instead of DINOv2 + SigLIP and one placeholder
-per action instead of seven; log_scale has a floor, below which a PPO ratio is noise.
-Reads: demonstrations (--demos).  Writes: runs/<run>/policy_sft.pt, policy.jsonl.
+Differs from the paper: `tiny` trains from scratch, with a small ResNet instead of DINOv2 + SigLIP and one placeholder per action
+instead of seven; log_scale has a floor, below which a PPO ratio is noise; no JPEG round trip of the pictures.
+Reads: demonstrations (--demos), a published checkpoint (--pretrained).  Writes: runs/<run>/policy_sft.pt, policy.jsonl.
 
   python policy.py --tasks goal               # all ten tasks of LIBERO-Goal
   python policy.py --tasks goal:1,7,8 --steps 500
+  accelerate launch policy.py --preset paper --tasks goal --pretrained openvla-7b/     # fine-tune the published 7B model
 """
 import math
+import runpy
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,36 +40,91 @@ class Config:
     tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2
     demos: str = "data"  # directory with LIBERO HDF5 files, searched recursively
     run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
-    preset: str = "tiny"  # smoke or tiny; every other flag overrides it
+    preset: str = "tiny"  # smoke, tiny, base or paper; every other flag overrides it
     seed: int = 0  # of weights, batches and augmentation
     demos_per_task: int = 5  # the paper's few-shot setting
+    pretrained: str = ""  # directory of a published OpenVLA or OpenVLA-OFT checkpoint; its sizes are preset paper's
     image_size: int = 96  # H = W in pixels of the frames the policy sees
+    cameras: int = 1  # 1: agentview; 2: and the one in the hand, which the simulator does not imagine
     chunk_size: int = 8  # K, actions per forward pass, all executed
-    tower: tuple[int, ...] = (32, 64, 128)  # channels of the ResNet stages, each halving the resolution after a stem of 4
+    tower: tuple[int, ...] = (32, 64, 128)  # channels of ResNet stages, the first at a quarter of the resolution; none: DINOv2 + SigLIP
+    dino: tuple[int, ...] = (128, 4, 4)  # DINOv2 tower: width, blocks, heads
+    siglip: tuple[int, ...] = (128, 4, 4, 512)  # SigLIP tower: width, blocks, heads, width of its MLP
+    patch: int = 8  # pixels of a patch's side, in both
     width: int = 128  # D, hidden size of the Llama
     layers: int = 4  # of the Llama
     heads: int = 4  # of its attention
+    mlp: int = 341  # hidden size of its MLP
+    vocabulary: int = 0  # rows of its embedding; 0: one per token
     tokens_per_action: int = 1  # placeholders per action; OpenVLA-OFT: 7, one per dimension
-    prompt: str = "{}"  # around the instruction; OpenVLA: In: What action should the robot take to {}?\nOut:
+    prompt: str = "{}"  # around the instruction
+    attention: str = "full"  # full (OpenVLA-OFT) or suffix (RIPT-VLA)
+    lora_rank: int = 0  # of adapters on every linear layer outside the heads; 0: everything is trained in full
+    bf16: bool = False  # run the network in bfloat16 autocast; for a GPU
     crop_area: float = 0.9  # random crop in training, centre crop otherwise (OpenVLA-OFT)
-    jitter: float = 0.2  # brightness, contrast and saturation augmentation (OpenVLA-OFT)
+    jitter: float = 0.2  # brightness, contrast and saturation augmentation, a quarter of it for hue (OpenVLA-OFT)
     min_log_scale: float = -4.0  # floor of the Laplace log-scale; the paper names none
     steps: int = 1000  # SFT gradient steps
     scale_steps: int = 100  # then this many on the scale head alone
-    batch_size: int = 64  # B
+    batch_size: int = 64  # B, of all processes together
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay
+    lr_heads: float = 1e-3  # of action and scale head
     weight_decay: float = 0.01
     save_every: int = 100  # steps between checkpoints, what a kill can cost
 
 
+OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, bf16=True)
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, steps=20,
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, mlp=64, steps=20,
                     scale_steps=5, batch_size=16, save_every=10),
+    "base": Config(preset="base", tower=(64, 128, 256), width=512, layers=8, heads=8, mlp=1376, steps=10000, scale_steps=500,
+                   batch_size=128, lr=3e-4, lr_heads=3e-4, save_every=1000, **OPENVLA),
+    "paper": Config(preset="paper", tower=(), dino=(1024, 24, 16), siglip=(1152, 27, 16, 4304), patch=14, width=4096, layers=32,
+                    heads=32, mlp=11008, vocabulary=32064, lora_rank=32, min_log_scale=-10.0, steps=50000, scale_steps=2000,
+                    lr=5e-4, lr_heads=5e-4, save_every=2000, **OPENVLA),
 }
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------------
+
+class ResNet(nn.Module):
+    """A small tower that learns from few demonstrations: (B, 3, H, W) in [0, 1] -> (B, P, C)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        from transformers import ResNetConfig, ResNetModel
+        sizes = dict(embedding_size=cfg.tower[0], hidden_sizes=list(cfg.tower), depths=[1] * len(cfg.tower))
+        self.resnet = ResNetModel(ResNetConfig(layer_type="basic", **sizes))
+        self.channels, patches = cfg.tower[-1], (cfg.image_size // 2 ** (len(cfg.tower) + 1)) ** 2
+        self.position = nn.Parameter(torch.randn(patches, self.channels) * 0.02)  # a convolution does not know where it is
+
+    def forward(self, images):
+        return rearrange(self.resnet(images * 2 - 1).last_hidden_state, "b c h w -> b (h w) c") + self.position
+
+
+class DinoSiglip(nn.Module):
+    """OpenVLA's towers: (B, 3, H, W) in [0, 1] -> (B, P, C), DINOv2's channels first. Of each the second-to-last block, without
+    the final norm and without class and register tokens."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
+        sizes = lambda width, layers, heads: dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                                                  image_size=cfg.image_size, patch_size=cfg.patch)
+        self.dino = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=4, **sizes(*cfg.dino)))
+        self.siglip = SiglipVisionModel(SiglipVisionConfig(intermediate_size=cfg.siglip[3], hidden_act="gelu", vision_use_head=False,
+                                                           **sizes(*cfg.siglip[:3])))
+        self.channels = cfg.dino[0] + cfg.siglip[0]
+
+    def forward(self, images):
+        mean, std = images.new_tensor(IMAGENET)[..., None, None]
+        dino = self.dino((images - mean) / std, output_hidden_states=True).hidden_states[-2][:, 5:]
+        return torch.cat([dino, self.siglip(images * 2 - 1, output_hidden_states=True).hidden_states[-2]], -1)
+
+
+IMAGENET = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)  # as published: rounded to bfloat16
+
 
 class MLPResNet(nn.Module):
     """OpenVLA-OFT's head: LN, Linear, ReLU, blocks of x + ReLU(Linear(LN(x))), LN, Linear."""
@@ -83,79 +143,112 @@ class MLPResNet(nn.Module):
 
 
 class Policy(nn.Module):
-    """obs = dict(frames (B, 3, H, W) uint8, proprio (B, 8), instruction list of B str)."""
+    """obs = dict(frames (B, 3, H, W) uint8, with two cameras wrist_frames too, proprio (B, 8), instruction list of B str)."""
 
-    def __init__(self, cfg: Config, tokenizer, stats=None):
+    def __init__(self, cfg: Config, tokenizer, stats=None, weights=None):
+        """`stats` action (2, 7) and proprio (2, 8): 1 % and 99 % quantiles. `weights` of `load_openvla` go in before LoRA does."""
         super().__init__()
-        from transformers import LlamaConfig, LlamaModel, ResNetConfig, ResNetModel
+        from transformers import LlamaConfig, LlamaModel
         self.cfg, self.tokenizer = cfg, tokenizer
         self.noise_scale = 1.0  # multiplies the Laplace scale, in sampling and in density
-        D = cfg.width
-        self.tower = ResNetModel(ResNetConfig(embedding_size=cfg.tower[0], hidden_sizes=list(cfg.tower), depths=[1] * len(cfg.tower),
-                                              layer_type="basic"))
-        patches = (cfg.image_size // 2 ** (len(cfg.tower) + 1)) ** 2
-        self.projector = nn.Sequential(nn.Linear(cfg.tower[-1], D), nn.GELU(), nn.Linear(D, D))
-        self.patch_position = nn.Parameter(torch.randn(patches, D) * 0.02)  # a convolution does not know where it is
+        self.prompt_gradient = True  # False: only the suffix learns; what comes before it runs without gradient
+        D, inputs = cfg.width, cfg.tokens_per_action * cfg.width
+        self.tower = ResNet(cfg) if cfg.tower else DinoSiglip(cfg)
+        C = self.tower.channels
+        self.projector = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, D), nn.GELU(), nn.Linear(D, D))
         self.proprio_projector = nn.Sequential(nn.Linear(8, D), nn.GELU(), nn.Linear(D, D))
-        self.llama = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), hidden_size=D, intermediate_size=D * 8 // 3,
+        self.llama = LlamaModel(LlamaConfig(vocab_size=cfg.vocabulary or len(tokenizer), hidden_size=D, intermediate_size=cfg.mlp,
                                             num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads))
-        self.action_head = MLPResNet(cfg.tokens_per_action * D, D, 7)
-        self.scale_trunk = MLPResNet(cfg.tokens_per_action * D, D, D)
-        self.scale_out = nn.Linear(D, 7)
+        self.action_head = MLPResNet(inputs, D, 7)
+        self.scale_trunk, self.scale_out = MLPResNet(inputs, D, D), nn.Linear(D, 7)
         nn.init.xavier_uniform_(self.scale_out.weight, gain=0.01)
         nn.init.constant_(self.scale_out.bias, -3.0)
         stats = stats or dict(action=np.stack([-np.ones(7), np.ones(7)]), proprio=np.stack([-np.ones(8), np.ones(8)]))
-        self.register_buffer("action_bounds", torch.tensor(stats["action"], dtype=torch.float32))    # (2, 7) 1 % and 99 % quantiles
+        self.register_buffer("action_bounds", torch.tensor(stats["action"], dtype=torch.float32))    # (2, 7)
         self.register_buffer("proprio_bounds", torch.tensor(stats["proprio"], dtype=torch.float32))  # (2, 8)
+        if weights:
+            names = self.load_state_dict(weights, strict=False)
+            lacking = [n for n in names.missing_keys if not n.startswith(("action_head", "scale_", "proprio_", "action_bounds"))]
+            data.require(not lacking and not names.unexpected_keys, f"{cfg.pretrained}: lacks {lacking[:3]}, has unknown "
+                         f"{names.unexpected_keys[:3]}; expected the files of a published OpenVLA or OpenVLA-OFT checkpoint")
+        if cfg.lora_rank:
+            self.add_lora()
+
+    def add_lora(self):
+        """LoRA on every linear layer of towers, projector and Llama (OpenVLA-OFT: alpha 16, gaussian start), heads stay in full."""
+        from peft import LoraConfig, inject_adapter_in_model
+        body, rank = ("tower", "projector", "llama"), self.cfg.lora_rank
+        linear = [n for n, module in self.named_modules() if isinstance(module, nn.Linear) and n.split(".")[0] in body]
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=min(rank, 16), target_modules=linear, init_lora_weights="gaussian"), self)
+        for name, p in self.named_parameters():
+            p.requires_grad_("lora_" in name or name.split(".")[0] not in body)
+            if self.cfg.bf16 and not p.requires_grad:
+                p.data = p.data.bfloat16()  # 14 GB instead of 28
+
+    def parameter_groups(self, lr, lr_heads):
+        """What is to be trained, for AdamW: the rest (or its LoRA) and the two heads; `peak` is what a schedule multiplies."""
+        heads = {id(p) for module in (self.action_head, self.scale_trunk, self.scale_out) for p in module.parameters()}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = ([p for p in trained if id(p) not in heads], lr), ([p for p in trained if id(p) in heads], lr_heads)
+        return [dict(params=params, lr=rate, peak=rate) for params, rate in groups]
 
     def forward(self, obs):
         """-> loc, log_scale: (B, K, 7) each, normalised actions, float32. Raises UserError on frames of another size."""
         hidden = self.hidden(obs)
-        return self.action_head(hidden).float(), self.log_scale(hidden)
+        return self.action_head(hidden), self.log_scale(hidden)
 
     def log_scale(self, hidden):
-        return self.scale_out(self.scale_trunk(hidden)).float().clamp(min=self.cfg.min_log_scale) + np.log(self.noise_scale)
+        return self.scale_out(self.scale_trunk(hidden)).clamp(min=self.cfg.min_log_scale) + np.log(self.noise_scale)
 
     def hidden(self, obs):
-        """-> (B, K, tokens_per_action * D), what both heads read."""
-        cfg = self.cfg
-        images = self.augment(data.check_frames(obs["frames"], cfg.image_size, "policy").float() / 255)
-        patches = self.tower(images * 2 - 1).last_hidden_state                                       # (B, C, h, w)
-        patches = self.projector(rearrange(patches, "b c h w -> b (h w) c")) + self.patch_position   # (B, P, D)
+        """-> (B, K, tokens_per_action * D) float32, what both heads read."""
+        from transformers import DynamicCache
+        cfg, cache = self.cfg, DynamicCache()
+        with torch.autocast(self.action_bounds.device.type, torch.bfloat16, enabled=cfg.bf16):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.prompt_gradient):
+                prefix, suffix, seen = self.embed(obs)
+                if cfg.attention == "suffix":
+                    self.attend(prefix, seen[:, :prefix.shape[1]], cache)
+                    prefix = prefix[:, :0]
+            states = self.attend(torch.cat([prefix, suffix], 1), seen, cache)
+        n = cfg.chunk_size * cfg.tokens_per_action
+        return rearrange(states[:, -n - 2:-2].float(), "b (k n) d -> b k (n d)", k=cfg.chunk_size)
+
+    def embed(self, obs):
+        """-> prefix (B, S, D), suffix (B, n + 2, D) from the last prompt token on, seen (B, S + n + 2): 0 at padding."""
+        cfg, prompts = self.cfg, [self.cfg.prompt.format(text.lower()) for text in obs["instruction"]]
+        text = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.action_bounds.device)
+        ids = text["input_ids"]                                                                      # (B, L) padded on the left
+        views = [data.check_frames(obs[key], cfg.image_size, "policy") for key in ("frames", "wrist_frames")[:cfg.cameras]]
+        patches = torch.cat([self.projector(self.tower(self.augment(view.float() / 255))) for view in views], 1)  # (B, P, D)
         proprio = self.proprio_projector(normalise(obs["proprio"], self.proprio_bounds))[:, None]    # (B, 1, D)
-        ids, attend = self.tokens(obs["instruction"])                                                # (B, L) each, padded on the left
-        prompt = self.llama.embed_tokens(ids)
-        bos = self.llama.embed_tokens(torch.full_like(ids[:, :1], self.tokenizer.bos_token_id))
-        slots = prompt.new_zeros(len(ids), cfg.chunk_size * cfg.tokens_per_action, cfg.width)
-        x = torch.cat([bos, patches, proprio, prompt, slots], 1)
-        seen = torch.cat([attend.new_ones(len(ids), 2 + patches.shape[1]), attend, attend.new_ones(slots.shape[:2])], 1)  # (B, S)
+        # "▁" ends OpenVLA's prompts
+        special = ids.new_tensor(self.tokenizer.convert_tokens_to_ids(["<s>", "▁", "</s>"])).expand(len(ids), 3)
+        bos, last, eos = self.llama.embed_tokens(special).split(1, 1)
+        slots = last.new_zeros(len(ids), cfg.chunk_size * cfg.tokens_per_action, cfg.width)
+        prefix, suffix = torch.cat([bos, patches, proprio, self.llama.embed_tokens(ids)], 1), torch.cat([last, slots, eos], 1)
+        return prefix, suffix, F.pad(text["attention_mask"], (2 + patches.shape[1], suffix.shape[1]), value=1)
+
+    def attend(self, x, seen, cache):
+        """Llama on the last positions x (B, q, D) of seen (B, S), behind those in the cache; each sees all of them."""
         # additive, never bool: eager attention adds a bool mask as 0 / 1
         mask = torch.zeros(seen.shape, device=x.device).masked_fill(seen == 0, torch.finfo(torch.float32).min)
-        mask = repeat(mask, "b k -> b 1 q k", q=x.shape[1])
-        positions = (seen.cumsum(1) - 1).clamp(min=0)
-        states = self.llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        return rearrange(states[:, -slots.shape[1] - 1:-1], "b (k n) d -> b k (n d)", k=cfg.chunk_size)
-
-    def tokens(self, instructions):
-        prompts = [self.cfg.prompt.format(text.lower()) for text in instructions]
-        batch = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.patch_position.device)
-        return batch["input_ids"], batch["attention_mask"]
+        mask, positions = repeat(mask, "b k -> b 1 q k", q=x.shape[1]), (seen.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1]:]
+        return self.llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache).last_hidden_state
 
     def augment(self, images):
-        """(B, 3, H, W) in [0, 1]: in training a random crop of `crop_area`, brightness, contrast, saturation; else the centre crop."""
+        """(B, 3, H, W) in [0, 1]: in training a random crop of `crop_area`, brightness, contrast, saturation, hue; else the centre crop."""
         B, side = len(images), self.cfg.crop_area ** 0.5
-        shift, gain = torch.zeros(B, 2), torch.ones(3, B, 1, 1, 1)
+        draw = (torch.rand(6, B) * 2 - 1).to(images.device) if self.training else images.new_zeros(6, B)
+        affine = torch.cat([repeat(torch.eye(2, device=images.device) * side, "i j -> b i j", b=B), draw[:2].T[..., None] * (1 - side)], 2)
+        images = F.grid_sample(images, F.affine_grid(affine, images.shape, align_corners=False), align_corners=False, padding_mode="border")
         if self.training:
-            shift = (torch.rand(B, 2) * 2 - 1) * (1 - side)
-            gain = 1 + (torch.rand(3, B, 1, 1, 1) * 2 - 1) * self.cfg.jitter
-        shift, (bright, contrast, saturation) = shift.to(images.device), gain.to(images.device)
-        affine = torch.cat([repeat(torch.eye(2, device=images.device) * side, "i j -> b i j", b=B), shift[..., None]], 2)
-        grid = F.affine_grid(affine, images.shape, align_corners=False)
-        images = F.grid_sample(images, grid, align_corners=False, padding_mode="border")
-        if self.training:
-            images = images * bright
-            images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
+            bright, contrast, saturation = (1 + draw[2:5] * self.cfg.jitter)[..., None, None, None]
+            images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast) * bright
             images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
+            turn = images.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) * 3 ** -0.5  # of colours around grey
+            hue = torch.matrix_exp(turn * (draw[5] * self.cfg.jitter / 4 * 2 * math.pi)[:, None, None])
+            images = torch.einsum("bij,bjhw->bihw", hue, images)
         return images.clamp(0, 1)
 
     # ---- the density ----
@@ -173,7 +266,7 @@ class Policy(nn.Module):
     # ---- training ----
     def loss(self, obs, action_chunk, mask):
         """L1 on normalised actions (OpenVLA-OFT). action_chunk (B, K, 7), mask (B, K): 0 past the episode's end."""
-        error = (self.action_head(self.hidden(obs)).float() - action_chunk).abs().mean(-1)
+        error = (self.action_head(self.hidden(obs)) - action_chunk).abs().mean(-1)
         loss = (error * mask).sum() / mask.sum()
         return loss, dict(l1=loss.detach())
 
@@ -181,11 +274,11 @@ class Policy(nn.Module):
         """Negative log-likelihood for the scale head alone (World-Env): optimum scale = E|a - loc|."""
         with torch.no_grad():
             hidden = self.hidden(obs)
-            loc = self.action_head(hidden).float()
+            loc = self.action_head(hidden)
         log_scale = self.log_scale(hidden)
         nll = -laplace_log_prob(action_chunk, loc, log_scale)
         loss = (nll * mask).sum() / mask.sum() / 7
-        return loss, dict(nll=loss.detach(), log_scale=log_scale.detach().mean())
+        return loss, dict(nll=loss.detach()) | {f"log_scale_{d}": mean for d, mean in enumerate(log_scale.detach().mean((0, 1)))}
 
     # ---- conventions ----
     def from_env(self, actions):
@@ -216,25 +309,33 @@ def train_tokenizer() -> str:
     instructions = [task.instruction for task in data.parse_tasks("all+libero_90")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<PAD>", "<s>", "</s>", "▁"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(instructions, trainer)
     return tokenizer.to_str()
 
 
 def load_tokenizer(text: str):
+    """From the text of a `tokenizer.json`, ours or OpenVLA's: the names of their special tokens are the same."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), pad_token="<PAD>", bos_token="<s>", eos_token="</s>",
                                    padding_side="left")
 
 
 def load_policy(path, device="cpu") -> Policy:
     """A policy from `policy_sft.pt` or `policy_rl.pt`, in eval mode. Raises UserError."""
     checkpoint = data.load_checkpoint(path, "policy", device)
-    policy = Policy(data.from_config(Config, checkpoint["config"]), load_tokenizer(checkpoint["tokenizer"]))
+    with torch.device(device):
+        policy = Policy(data.from_config(Config, checkpoint["config"]), load_tokenizer(checkpoint["tokenizer"]))
     policy.load_state_dict(checkpoint["model"])
-    return policy.to(device).eval()
+    return policy.eval()
+
+
+def load_openvla(checkpoint_dir, suite="") -> dict:
+    """A published OpenVLA or OpenVLA-OFT checkpoint (its LIBERO statistics those of `suite`) -> state dict of `Policy` at preset
+    paper, less the heads it does not have: see data/openvla.py. Raises UserError."""
+    return runpy.run_path(str(Path(__file__).parent / "data" / "openvla.py"))["load_openvla"](checkpoint_dir, suite)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
@@ -243,7 +344,8 @@ def dataset(episodes, chunk_size):
     """Every state with a frame and the K actions that follow: frames, proprio, instruction, actions (n, K, 7), mask (n, K)."""
     rows = [(e, i, t) for e in episodes for i, t in enumerate(e.frame_steps) if t < len(e.actions)]
     steps = [np.arange(t, t + chunk_size) for _, _, t in rows]
-    return dict(frames=torch.from_numpy(np.stack([e.frames[i] for e, i, _ in rows])),
+    return dict({key: torch.from_numpy(np.stack([getattr(e, key)[i] for e, i, _ in rows]))
+                 for key in ("frames", "wrist_frames") if getattr(episodes[0], key) is not None},
                 proprio=torch.from_numpy(np.stack([e.proprio[t] for e, _, t in rows])),
                 instruction=[e.instruction for e, _, _ in rows],
                 actions=torch.from_numpy(np.stack([e.actions[s.clip(max=len(e.actions) - 1)] for (e, *_), s in zip(rows, steps)])),
@@ -251,54 +353,61 @@ def dataset(episodes, chunk_size):
 
 
 def train(cfg: Config):
-    run, device = data.run_dir(cfg), "cuda" if torch.cuda.is_available() else "cpu"
-    path, total = run / "policy_sft.pt", cfg.steps + cfg.scale_steps
+    from accelerate import PartialState
+    from accelerate.utils import reduce
+    processes = PartialState(cpu=not torch.cuda.is_available())  # one, unless started by `accelerate launch`
+    rank, ranks, device = processes.process_index, processes.num_processes, processes.device
+    run, tasks, total = data.run_dir(cfg), data.parse_tasks(cfg.tasks), cfg.steps + cfg.scale_steps
+    path = run / "policy_sft.pt"
+    data.require(cfg.attention in ("full", "suffix"), f"unknown --attention {cfg.attention!r}, expected full or suffix")
     checkpoint, finished = data.resume(path, "policy_sft", cfg, device)
     if finished:
         return print(f"{path} is finished ({total} steps); delete it to train again")
     torch.manual_seed(cfg.seed)
-    episodes = data.load_episodes(cfg.demos, data.parse_tasks(cfg.tasks), cfg.demos_per_task, image_size=cfg.image_size)
-    samples = dataset(episodes, cfg.chunk_size)
+    with processes.main_process_first():  # it renders the demonstrations, the others find them
+        episodes = data.load_episodes(cfg.demos, tasks, cfg.demos_per_task, image_size=cfg.image_size, wrist=cfg.cameras == 2)
+    samples, weights = dataset(episodes, cfg.chunk_size), None
     quantiles = lambda x: np.quantile(np.concatenate(x), [0.01, 0.99], axis=0)
     stats = dict(action=quantiles([e.actions for e in episodes]), proprio=quantiles([e.proprio for e in episodes]))
     tokenizer = checkpoint["tokenizer"] if checkpoint else train_tokenizer()
-    policy = Policy(cfg, load_tokenizer(tokenizer), stats).to(device)
+    if cfg.pretrained and not checkpoint:
+        weights, tokenizer = load_openvla(cfg.pretrained, tasks[0].suite), (Path(cfg.pretrained) / "tokenizer.json").read_text("utf-8")
+    with torch.device(device):
+        policy = Policy(cfg, load_tokenizer(tokenizer), stats, weights)
     samples["actions"] = policy.from_env(samples["actions"].to(device)).cpu()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    start = 0
-    if checkpoint:
-        policy.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
+    optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=cfg.weight_decay)
+    start = data.restore(checkpoint, policy, optimizer)
     print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {len(episodes)} demonstrations, "
           f"{len(samples['frames'])} samples, steps {start} to {total}")
-    policy.train()
     began = time.time()
-    for step in (bar := trange(start, total, initial=start, total=total, desc="policy", mininterval=2)):
+    for step in (bar := trange(start, total, initial=start, total=total, desc="policy", mininterval=2, disable=rank > 0)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
-        rows = torch.randint(len(samples["frames"]), (cfg.batch_size,))
-        obs = dict(frames=samples["frames"][rows].to(device), proprio=samples["proprio"][rows].to(device),
-                   instruction=[samples["instruction"][i] for i in rows])
-        target, mask = samples["actions"][rows].to(device), samples["mask"][rows].to(device)
+        batch = torch.randint(len(samples["frames"]), (cfg.batch_size,))
+        rows = batch[rank::ranks]
+        pick = lambda x: x[rows].to(device) if torch.is_tensor(x) else [x[i] for i in rows]
+        obs = {key: pick(value) for key, value in samples.items() if key not in ("actions", "mask")}
         fitting_scale = step >= cfg.steps
         if fitting_scale:
             policy.eval()  # the frozen rest, as it will act
         progress = (step - cfg.steps) / cfg.scale_steps if fitting_scale else step / cfg.steps
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * progress))
-        loss, metrics = (policy.scale_loss if fitting_scale else policy.loss)(obs, target, mask)
+            group["lr"] = group["peak"] * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        loss, metrics = (policy.scale_loss if fitting_scale else policy.loss)(obs, pick(samples["actions"]), pick(samples["mask"]))
         optimizer.zero_grad(set_to_none=True)  # parameters without gradient are skipped by AdamW: frozen
-        loss.backward()
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        (loss * samples["mask"][rows].sum() / samples["mask"][batch].sum() * ranks).backward()  # the mean over the whole batch
+        trained = [p for p in policy.parameters() if p.grad is not None]
+        for p in trained:
+            p.grad = reduce(p.grad, "mean")
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        if (step + 1) % 20 == 0 or step + 1 == total:
-            bar.set_postfix({k: f"{float(v):.3f}" for k, v in metrics.items()})
+        if rank == 0 and ((step + 1) % 20 == 0 or step + 1 == total):
+            bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in ("l1", "nll", "grad_norm") if k in metrics})
             data.log(run, "policy", step + 1, metrics)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == total:
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == total):
             data.save_checkpoint(path, "policy_sft", cfg, policy, optimizer=optimizer.state_dict(), step=step + 1,
                                  finished=step + 1 == total, metrics={k: float(v) for k, v in metrics.items()}, tokenizer=tokenizer,
                                  demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in episodes})
-    print(f"wrote {path} after {time.time() - began:.0f} s")
+    print(f"wrote {path} after {(seconds := time.time() - began):.0f} s, {(total - start) * cfg.batch_size / seconds:.0f} samples/s")
 
 
 if __name__ == "__main__":

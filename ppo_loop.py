@@ -32,9 +32,6 @@ import evaluate
 import policy as policy_script
 import reflector as reflector_script
 import world_sim as world_sim_script
-from policy import load_policy
-from reflector import load_reflector, stops
-from world_sim import load_world_sim
 
 
 @dataclass
@@ -134,7 +131,7 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
         seen = torch.cat([seen, reflector.see(frames[:, None])], 1)
         p_success = torch.cat([p_success, reflector.read(seen, texts).sigmoid()[:, None]], 1)
         out.reward[active] = p_success[:, -1]
-        stop = stops(p_success, reflector.threshold, reflector.cfg.min_steps, reflector.cfg.patience)[:, -1]
+        stop = reflector_script.stops(p_success, reflector.threshold, reflector.cfg.min_steps, reflector.cfg.patience)[:, -1]
         out.finish_step[active[stop]], out.stopped[active[stop]] = (chunk + 1) * K - 1, True
         active, frames, proprio, seen, p_success = (x[~stop] for x in (active, frames, proprio, seen, p_success))
         memory = memory.select(~stop)
@@ -188,21 +185,17 @@ def train(cfg: Config):
     checkpoint, finished = data.resume(path, "policy_rl", cfg, device, key="ppo_config", ignore=("run", "eval_episodes"))
     if finished:
         return print(f"{path} is finished ({cfg.iterations} iterations); delete it to train again")
-    policy = load_policy(run / "policy_sft.pt", device)
-    world_sim, reflector = load_world_sim(run / "world_sim.pt", device), load_reflector(run / "reflector.pt", device)
+    policy = policy_script.load_policy(run / "policy_sft.pt", device)
+    world_sim = world_sim_script.load_world_sim(run / "world_sim.pt", device)
+    reflector = reflector_script.load_reflector(run / "reflector.pt", device)
     policy.noise_scale = cfg.noise_scale
     starts, _ = data.training_episodes(cfg, policy.cfg.image_size, policy.cfg.demos_per_task, ("expert", "explore"))
     horizon = {task.name: int(cfg.horizon * task.max_steps) for task in data.parse_tasks(cfg.tasks)}
+    data.require(policy.cfg.cameras == 1, "this policy looks through two cameras, the simulator imagines one; train it with --cameras 1")
     policy.tower.requires_grad_(False)
-    heads = [*policy.action_head.parameters(), *policy.scale_trunk.parameters(), *policy.scale_out.parameters()]
-    known = {id(p) for p in [*heads, *policy.tower.parameters()]}
-    body = [p for p in policy.parameters() if id(p) not in known]
-    optimizer = torch.optim.AdamW([dict(params=body, lr=cfg.lr), dict(params=heads, lr=cfg.lr_heads)], weight_decay=0.0)
-    first, no_spread = 0, 0
-    if checkpoint:
-        policy.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        first, no_spread = checkpoint["step"], checkpoint["no_spread"]
+    policy.prompt_gradient = policy.cfg.attention == "full"
+    optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=0.0)
+    first, no_spread = data.restore(checkpoint, policy, optimizer), checkpoint["no_spread"] if checkpoint else 0
     print(f"ppo_loop: {cfg.starts} starts x {cfg.rollouts} rollouts, {len(starts)} start states, "
           f"iterations {first} to {cfg.iterations}")
     for iteration in (bar := trange(first, cfg.iterations, initial=first, total=cfg.iterations, desc="ppo_loop", mininterval=2)):
@@ -236,41 +229,29 @@ def train(cfg: Config):
 def main(cfg: Config):
     """Train whatever is missing, in order, then compare SFT and RL in real LIBERO."""
     run, seconds = data.run_dir(cfg), {}
-    stages = [("policy_sft", policy_script, policy_script.train), ("explore", evaluate, evaluate.explore),
-              ("world_sim", world_sim_script, world_sim_script.train), ("reflector", reflector_script, reflector_script.train)]
     shared = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed)
-    for number, (name, script, train_stage) in enumerate(stages, 1):
+    preset = lambda script, **changes: dataclasses.replace(script.PRESETS[cfg.preset], **shared, **changes)
+    stages = [("policy_sft", policy_script.train, preset(policy_script, demos=cfg.demos)),
+              ("explore", evaluate.explore, preset(evaluate, explore=True)),
+              ("world_sim", world_sim_script.train, preset(world_sim_script, demos=cfg.demos)),
+              ("reflector", reflector_script.train, preset(reflector_script, demos=cfg.demos)), ("ppo_loop", train, cfg)]
+    for number, (name, stage, config) in enumerate(stages, 1):
         print(f"\n[{number}/6] {name}")
-        since, config = time.time(), dataclasses.replace(script.PRESETS[cfg.preset], **shared)
-        train_stage(dataclasses.replace(config, **({"explore": True} if name == "explore" else {"demos": cfg.demos})))
+        since = time.time()
+        stage(config)
         seconds[name] = round(time.time() - since)
-    print("\n[5/6] LOOP in imagination")
-    since = time.time()
-    train(cfg)
-    seconds["ppo_loop"] = round(time.time() - since)
     print("\n[6/6] real LIBERO, SFT against RL on the same initial states")
-    since, eval_cfg = time.time(), dataclasses.replace(evaluate.PRESETS[cfg.preset], **shared, episodes=cfg.eval_episodes)
-    paths = [str(run / "policy_sft.pt"), str(run / "policy_rl.pt")]
-    table = evaluate.evaluate_policy(paths, eval_cfg)
-    result = evaluate.summary(table, eval_cfg)
-    outcome = lambda path: [s for row in table[path].values() for s in row["success"]]
-    difference = evaluate.paired_difference(outcome(paths[0]), outcome(paths[1]))
-    explored = data.load_episodes(run / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",))
+    since, eval_cfg = time.time(), preset(evaluate, episodes=cfg.eval_episodes)
+    result = evaluate.compare(run / "policy_sft.pt", run / "policy_rl.pt", eval_cfg)
     seconds["evaluate"] = round(time.time() - since)
     if (run / "results.json").exists():  # stages that were finished before took their time then
         earlier = json.loads((run / "results.json").read_text())["seconds"]
         seconds = {name: max(spent, earlier.get(name, 0)) for name, spent in seconds.items()}
-    seconds["total"] = sum(seconds.values())
-    result |= dict(difference=difference, real_interactions=sum(len(e.actions) for e in explored), exploration_episodes=len(explored),
-                   seconds=seconds)
-    evaluate.save_json(run / "results.json", result)
+    evaluate.save_json(run / "results.json", result | dict(seconds=seconds | dict(total=sum(seconds.values()))))
     evaluate.report(eval_cfg)
     evaluate.print_table(result)
-    mean, low, high = (100 * x for x in difference)
-    print(f"RL - SFT, paired: {mean:+.1f} points [{low:+.1f}, {high:+.1f}] (95 %), stop rule: {eval_cfg.stop}; "
-          f"real interactions used in training: {result['real_interactions']} steps in {len(explored)} exploration episodes; "
-          f"{seconds['total'] / 60:.0f} min on {result['hardware']}")
-    print(f"details: {run / 'results.json'}, videos (real | imagined): {run / 'videos'}")
+    print(f"{sum(seconds.values()) / 60:.0f} min on {result['hardware']}; details: {run / 'results.json'}, "
+          f"videos (real | imagined): {run / 'videos'}")
 
 
 if __name__ == "__main__":

@@ -158,14 +158,11 @@ def choose_threshold(p_success, label) -> float:
     p, label = np.asarray(p_success, float), np.asarray(label, bool)
     if label.all() or not label.any():
         return 0.5
-    order = np.argsort(-p, kind="stable")
-    hits, called = np.cumsum(label[order]), np.arange(1, len(p) + 1)
-    precision, recall = hits / called, hits / label.sum()
-    f = 1.25 * precision * recall / np.maximum(0.25 * precision + recall, 1e-9)
-    last_of_tie = np.append(np.diff(p[order]) != 0, True)
-    best = int(np.argmax(np.where(last_of_tie, f, -1)))
-    below = p[order][best + 1] if best + 1 < len(p) else 0.0
-    return float(np.clip((p[order][best] + below) / 2, 0.05, 0.95))
+    grid = np.linspace(0.05, 0.95, 181)
+    called = p > grid[:, None]                                                                           # (181, n)
+    f = 1.25 * (called & label).sum(1) / (called.sum(1) + 0.25 * label.sum())
+    best = np.flatnonzero(f == f.max())
+    return float(grid[best[len(best) // 2]])
 
 
 def load_reflector(path, device="cpu") -> Reflector:
@@ -180,17 +177,16 @@ def load_reflector(path, device="cpu") -> Reflector:
 
 def make_batch(episodes, positives, negatives, instructions, cfg, rng):
     """-> frames (B, T, 3, H, W) uint8, instruction, label (B,): half positives where there are any, some with another instruction."""
-    frames, texts, labels = [], [], []
+    samples = []
     for b in range(cfg.batch_size):
         rows = positives if positives and (b % 2 or not negatives) else negatives
         i, f = rows[rng.integers(len(rows))]
         label, text = float(rows is positives), episodes[i].instruction
         if len(instructions) > 1 and rng.random() < cfg.wrong_instruction:
             label, text = 0.0, rng.choice([other for other in instructions if other != text])
-        frames.append(episodes[i].frames[pick(f + 1, cfg.frames)])
-        texts.append(str(text))
-        labels.append(label)
-    return torch.from_numpy(np.stack(frames)), texts, torch.tensor(labels)
+        samples.append((episodes[i].frames[pick(f + 1, cfg.frames)], str(text), label))
+    frames, texts, labels = zip(*samples)
+    return torch.from_numpy(np.stack(frames)), list(texts), torch.tensor(labels)
 
 
 def train(cfg: Config):
@@ -207,11 +203,7 @@ def train(cfg: Config):
     tokenizer = checkpoint["tokenizer"] if checkpoint else train_tokenizer()
     reflector = Reflector(cfg, load_tokenizer(tokenizer)).to(device)
     optimizer = torch.optim.AdamW(reflector.parameters(), lr=cfg.lr, weight_decay=0.05)
-    start = 0
-    if checkpoint:
-        reflector.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
+    start = data.restore(checkpoint, reflector, optimizer)
     print(f"reflector: {sum(p.numel() for p in reflector.parameters()) / 1e6:.1f} M parameters, {len(episodes)} episodes, "
           f"{len(positives)} positive and {len(negatives)} negative frames ({len(held_out)} episodes held out), "
           f"steps {start} to {cfg.steps}")

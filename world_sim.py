@@ -249,9 +249,8 @@ class WorldSim(nn.Module):
         `memory` is extended in place. Every rollout draws its own noise. Raises UserError on another action width or chunk size.
         """
         cfg = self.cfg
-        if action_chunk.shape[1:] != (cfg.chunk_size, 7):
-            raise data.UserError(f"an action chunk has shape {tuple(action_chunk.shape[1:])}, this simulator was trained on "
-                                 f"{(cfg.chunk_size, 7)}; train it again with --chunk-size {action_chunk.shape[1]}")
+        data.require(action_chunk.shape[1:] == (cfg.chunk_size, 7), f"an action chunk has shape {tuple(action_chunk.shape[1:])}, this "
+                     f"simulator was trained on {(cfg.chunk_size, 7)}; train it again with --chunk-size {action_chunk.shape[1]}")
         path = self.dynamics(proprio, memory.velocity, action_chunk)
         recalled = memory.latents[:, sparse_memory(memory.latents.shape[1], cfg.memory)]
         conditions = self.condition(recalled, proprio, action_chunk, path, memory.camera)
@@ -389,15 +388,11 @@ def train(cfg: Config):
     frames, rows = torch.from_numpy(np.concatenate([e.frames for e in episodes])).to(device), training_rows(episodes, cfg)
     world_sim = WorldSim(cfg).to(device)
     optimizer = torch.optim.AdamW(world_sim.parameters(), lr=cfg.lr, weight_decay=0.01)
-    start, latents = 0, None
-    if checkpoint:
-        world_sim.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
+    latents = None
+    start = data.restore(checkpoint, world_sim, optimizer)
     count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
     print(f"world_sim: VAE {count(world_sim.vae):.1f} M, U-Net {count(world_sim.unet):.1f} M parameters, {len(episodes)} episodes, "
           f"{len(frames)} frames, {len(rows)} chunks ({len(held_out)} episodes held out), steps {start} to {total}")
-    world_sim.train()
     began = time.time()
     for step in (bar := trange(start, total, initial=start, total=total, desc="world_sim", mininterval=2)):
         torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact

@@ -102,7 +102,7 @@ def test_dataset_pairs_each_frame_with_the_actions_that_follow():
 @torch.no_grad()
 def test_padding_of_shorter_instructions_changes_nothing(policy):
     obs = make_obs(3)
-    assert len({len(policy.tokens([text])[0][0]) for text in obs["instruction"]}) > 1
+    assert (policy.embed(obs)[2] == 0).any()
     together = policy(obs)
     for i in range(3):
         for batched, single in zip(together, policy(rows(obs, i))):
@@ -150,17 +150,20 @@ def test_scale_loss_trains_the_scale_head_alone(policy):
     assert touched == {"scale_trunk", "scale_out"}
 
 
-def test_it_overfits_one_batch(tokenizer):
+@pytest.mark.parametrize("preset", ["smoke", "tiny"])
+def test_it_overfits_one_batch(tokenizer, preset):
     torch.manual_seed(0)
-    policy = script.Policy(dataclasses.replace(CFG, crop_area=1.0, jitter=0.0), tokenizer, STATS).train()
-    obs, mask = make_obs(4), torch.ones(4, CFG.chunk_size)
-    target = torch.rand(4, CFG.chunk_size, 7, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    cfg = dataclasses.replace(script.PRESETS[preset], crop_area=1.0, jitter=0.0)
+    policy = script.Policy(cfg, tokenizer, STATS).train()
+    obs, mask = make_obs(4, size=cfg.image_size), torch.ones(4, cfg.chunk_size)
+    target = torch.rand(4, cfg.chunk_size, 7, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3 if preset == "smoke" else 1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300, 1e-5)
     for _ in range(300):
         loss, metrics = policy.loss(obs, target, mask)
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     assert metrics["l1"] < 0.01
