@@ -64,13 +64,13 @@ class Config:
     crop_area: float = 0.9  # random crop in training, centre crop otherwise (OpenVLA-OFT)
     jitter: float = 0.2  # brightness, contrast and saturation augmentation, a quarter of it for hue (OpenVLA-OFT)
     min_log_scale: float = -4.0  # floor of the Laplace log-scale; the paper names none
-    steps: int = 1000  # SFT gradient steps
+    steps: int = 4500  # SFT gradient steps
     scale_steps: int = 100  # then this many on the scale head alone
-    batch_size: int = 64  # B, of all processes together
+    batch_size: int = 32  # B, of all processes together
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay
     lr_heads: float = 1e-3  # of action and scale head
     weight_decay: float = 0.01
-    save_every: int = 100  # steps between checkpoints, what a kill can cost
+    save_every: int = 250  # steps between checkpoints, what a kill can cost
 
 
 OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, bf16=True)
@@ -97,7 +97,7 @@ class ResNet(nn.Module):
         sizes = dict(embedding_size=cfg.tower[0], hidden_sizes=list(cfg.tower), depths=[1] * len(cfg.tower))
         self.resnet = ResNetModel(ResNetConfig(layer_type="basic", **sizes))
         self.channels, patches = cfg.tower[-1], (cfg.image_size // 2 ** (len(cfg.tower) + 1)) ** 2
-        self.position = nn.Parameter(torch.randn(patches, self.channels) * 0.02)  # a convolution does not know where it is
+        self.position = nn.Parameter(torch.randn(patches, self.channels))  # a convolution does not know where it is
 
     def forward(self, images):
         return rearrange(self.resnet(images * 2 - 1).last_hidden_state, "b c h w -> b (h w) c") + self.position
