@@ -268,7 +268,8 @@ def evaluate_policy(policies, cfg: Config) -> dict:
             successes = sum(r["success"] for r in records)
             table[p][f"{task.suite}:{task.index}"] = dict(
                 instruction=task.instruction, successes=successes, trials=len(records), success=[r["success"] for r in records],
-                interval=wilson_interval(successes, len(records)), mean_steps=float(np.mean([r["steps"] for r in records])))
+                ever_successes=sum(r["ever_success"] for r in records), interval=wilson_interval(successes, len(records)),
+                mean_steps=float(np.mean([r["steps"] for r in records])))
     return table
 
 
@@ -287,10 +288,9 @@ def summary(table, cfg: Config) -> dict:
                              actions="sampled" if cfg.sample else "deterministic"),
                versions=data.versions(), git_commit=git_commit(), hardware=f"{os.cpu_count()} CPU cores, {gpu}", policies={})
     for path, rows in table.items():
-        successes, trials = sum(r["successes"] for r in rows.values()), sum(r["trials"] for r in rows.values())
-        checkpoint = data.load_checkpoint(path, "policy")
-        out["policies"][Path(path).stem] = dict(file=str(path), successes=successes, trials=trials, demos=checkpoint["demos"],
-                                                interval=wilson_interval(successes, trials), tasks=rows)
+        total = {key: sum(r[key] for r in rows.values()) for key in ("successes", "ever_successes", "trials")}
+        out["policies"][Path(path).stem] = dict(file=str(path), **total, interval=wilson_interval(total["successes"], total["trials"]),
+                                                demos=data.load_checkpoint(path, "policy")["demos"], tasks=rows)
     return out
 
 
@@ -304,19 +304,21 @@ def compare(before, after, cfg: Config) -> dict:
 
 
 def print_table(result):
-    """One line per task, one column per policy: successes/trials [Wilson 95 % interval]; for two, their difference."""
+    """One line per task, one column per policy: successes/trials [Wilson 95 % interval]; for two, their difference. Where the end of
+    an episode counts, `ever` tells how many succeeded at some step: what the oracle would have stopped in time."""
     def cell(row):
         rate, low, high = (100 * x for x in (row["successes"] / row["trials"], *row["interval"]))
-        return f"{row['successes']:3d}/{row['trials']:<3d} {rate:5.1f} % [{low:4.1f}, {high:4.1f}]"
-    names = list(result["policies"])
-    print(f"\n{'real LIBERO, stop: ' + result['protocol']['stop']:44s}" + "".join(f"{n:32s}" for n in names))
+        ever = f" ever {row['ever_successes']}" if stop != "oracle" else ""
+        return f"{row['successes']:3d}/{row['trials']:<3d} {rate:5.1f} % [{low:4.1f}, {high:4.1f}]{ever}"
+    names, stop = list(result["policies"]), result["protocol"]["stop"]
+    print(f"\n{'real LIBERO, stop: ' + stop:44s}" + "".join(f"{n:42s}" for n in names))
     for task, row in result["policies"][names[0]]["tasks"].items():
         cells = [cell(result["policies"][n]["tasks"][task]) for n in names]
-        print(f"{(task + ' ' + row['instruction'])[:43]:44s}" + "".join(f"{c:32s}" for c in cells))
-    print(f"{'all':44s}" + "".join(f"{cell(result['policies'][n]):32s}" for n in names))
+        print(f"{(task + ' ' + row['instruction'])[:43]:44s}" + "".join(f"{c:42s}" for c in cells))
+    print(f"{'all':44s}" + "".join(f"{cell(result['policies'][n]):42s}" for n in names))
     if "difference" in result:
         mean, low, high = (100 * x for x in result["difference"])
-        print(f"RL - SFT, paired: {mean:+.1f} points [{low:+.1f}, {high:+.1f}] (95 %), stop rule: {result['protocol']['stop']}; "
+        print(f"RL - SFT, paired: {mean:+.1f} points [{low:+.1f}, {high:+.1f}] (95 %), stop rule: {stop}; "
               f"real interactions used in training: {result['real_interactions']} steps in {result['exploration_episodes']} episodes")
 
 

@@ -1,31 +1,34 @@
 """Published OpenVLA and OpenVLA-OFT checkpoints -> the state dict of policy.py; `policy.load_openvla` calls this.
 
-Their vision towers carry timm's names, with q, k and v in one matrix; here they are transformers' Dinov2WithRegisters and Siglip.
+Their two vision towers carry timm's names, with query, key and value in one matrix; policy.py has transformers' classes.
 """
 import json
-import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import data
 
-PUBLISHED = (  # regular expressions in the names of OpenVLA's files (timm's names for the towers), replaced in turn -> ours
-    (r"^vision_backbone\.featurizer\.", "tower.dino."), (r"^vision_backbone\.fused_featurizer\.", "tower.siglip."),
-    (r"(dino|siglip)\.(cls_token|pos_embed|patch_embed)", r"\1.embeddings.\2"), (r"dino\.reg_token", "dino.embeddings.register_tokens"),
-    (r"(dino.*)\.pos_embed$", r"\1.position_embeddings"), (r"(siglip.*)\.pos_embed$", r"\1.position_embedding.weight"),
-    (r"(dino.*)\.patch_embed\.proj", r"\1.patch_embeddings.projection"), (r"(siglip.*)\.patch_embed\.proj", r"\1.patch_embedding"),
-    (r"dino\.blocks", "dino.encoder.layer"), (r"siglip\.blocks", "siglip.encoder.layers"),
-    (r"(dino.*)\.attn\.proj", r"\1.attention.o_proj"), (r"(siglip.*)\.attn\.proj", r"\1.self_attn.out_proj"),
-    (r"(dino.*)\.attn\.qkv", r"\1.attention.qkv"), (r"(siglip.*)\.attn\.qkv", r"\1.self_attn.qkv"),
-    (r"\.ls([12])\.(scale_factor|gamma)$", r".layer_scale\1.lambda1"), (r"(siglip.*)\.norm([12])", r"\1.layer_norm\2"),
-    (r"dino\.norm", "dino.layernorm"), (r"siglip\.norm", "siglip.post_layernorm"), (r"^language_model\.model", "llama"),
-    (r"projector\.fc1", "projector.0"), (r"projector\.fc2", "projector.2"), (r"^projector\.fc3", "projector.4"),
-    (r"^action_head\.model\.layer_norm1", "action_head.stem.0"), (r"^action_head\.model\.fc1", "action_head.stem.1"),
-    (r"^action_head\.model\.mlp_resnet_blocks\.(\d)\.ffn", r"action_head.blocks.\1"),
-    (r"^action_head\.model\.layer_norm2", "action_head.out.0"), (r"^action_head\.model\.fc2", "action_head.out.1"))
+# published beginning of a name -> ours, and then the parts of names that differ below it
+PARTS = {
+    "vision_backbone.featurizer.": ("tower.dino.", {
+        "cls_token": "embeddings.cls_token", "reg_token": "embeddings.register_tokens", "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks.": "encoder.layer.", "attn.qkv": "attention.qkv",
+        "attn.proj": "attention.o_proj", "ls1.scale_factor": "layer_scale1.lambda1", "ls2.scale_factor": "layer_scale2.lambda1",
+        "dino.norm.": "dino.layernorm."}),
+    "vision_backbone.fused_featurizer.": ("tower.siglip.", {
+        "pos_embed": "embeddings.position_embedding.weight", "patch_embed.proj": "embeddings.patch_embedding",
+        "siglip.norm.": "siglip.post_layernorm.", "blocks.": "encoder.layers.", "attn.qkv": "self_attn.qkv",
+        "attn.proj": "self_attn.out_proj", ".norm1": ".layer_norm1", ".norm2": ".layer_norm2"}),
+    "projector.": ("projector.", {"fc1": "0", "fc2": "2", "fc3": "4"}),
+    "language_model.model.": ("llama.", {}),
+    "proprio_projector.": ("proprio_projector.", {"fc1": "0", "fc2": "2"}),
+    "action_head.model.": ("action_head.", {
+        "layer_norm1": "stem.0", "fc1": "stem.1", "mlp_resnet_blocks": "blocks", "ffn.": "", "layer_norm2": "out.0", "fc2": "out.1"})}
+UNUSED = "vision_backbone.fused_featurizer.attn_pool", "language_model.lm_head"  # SigLIP's pooling, OpenVLA's action tokens
 
 
 def load_openvla(checkpoint_dir, suite="") -> dict:
@@ -35,22 +38,30 @@ def load_openvla(checkpoint_dir, suite="") -> dict:
     shards = sorted(folder.glob("*.safetensors"))
     data.require(shards, f"{folder}: no *.safetensors inside, expected the files of a published OpenVLA or OpenVLA-OFT checkpoint")
     for shard in shards:
-        published |= load_file(shard)
+        try:
+            published |= load_file(shard)
+        except (SafetensorError, OSError) as error:
+            raise data.UserError(f"{shard}: not a readable safetensors file ({error}); download it again") from None
     for part in ("action_head", "proprio_projector"):
         for file in sorted(folder.glob(f"{part}--*.pt")):
             head = torch.load(file, map_location="cpu", weights_only=True)
-            published |= {f"{part}.{name.removeprefix('module.')}": value for name, value in head.items()}
-    unused = ("vision_backbone.fused_featurizer.attn_pool", "language_model.lm_head")  # SigLIP's pooling, action tokens of OpenVLA
-    for name, value in ((n, v) for n, v in published.items() if not n.startswith(unused)):
-        for pattern, ours in PUBLISHED:
-            name = re.sub(pattern, ours, name)
-        parts = {name.replace("qkv", f"{x}_proj"): piece for x, piece in zip("qkv", value.chunk(3))} if ".qkv." in name else {name: value}
-        state |= parts
-    dino = "tower.dino.embeddings."
-    if f"{dino}position_embeddings" in state:  # timm added the one of the class token to the token
+            published |= {f"{part}.{name.removeprefix('module.')}": value for name, value in head.items()}  # `module.`: DDP's
+    for name, value in published.items():
+        if name.startswith(UNUSED):
+            continue
+        beginning = next((b for b in PARTS if name.startswith(b)), "")
+        ours, changes = PARTS.get(beginning, ("", {}))
+        name = ours + name.removeprefix(beginning)
+        for theirs, new in changes.items():
+            name = name.replace(theirs, new)
+        thirds = zip("qkv", value.chunk(3)) if ".qkv." in name else [("", value)]
+        state |= {name.replace("qkv", f"{letter}_proj"): piece for letter, piece in thirds}
+    dino, siglip = "tower.dino.embeddings.", "tower.siglip.embeddings.position_embedding.weight"
+    if f"{dino}position_embeddings" in state:
+        state[siglip] = state[siglip][0]
+        # timm has added the class token's position to the token; a mask token only serves DINO's own training
         state[f"{dino}position_embeddings"] = F.pad(state[f"{dino}position_embeddings"], (0, 0, 1, 0))
-        state[f"{dino}mask_token"] = state[f"{dino}cls_token"].new_zeros(1, state[f"{dino}cls_token"].shape[-1])
-    state = {name: value.squeeze(0) if name.endswith("position_embedding.weight") else value for name, value in state.items()}
+        state[f"{dino}mask_token"] = torch.zeros_like(state[f"{dino}cls_token"][0])
     if (folder / "dataset_statistics.json").exists():
         norms = json.loads((folder / "dataset_statistics.json").read_text())
         for norm in (norms[key] for key in (suite, f"{suite}_no_noops") if key in norms):

@@ -61,6 +61,9 @@ class ScriptedEnv:
 
     def reset(self, init_index=None, seed=None):
         self.steps = 0
+        return self.observe()
+
+    def observe(self):
         return dict(frames=self.render(), proprio=self.proprio(), instruction=self.task.instruction)
 
     def step_chunk(self, actions, render=True):
@@ -79,7 +82,7 @@ class ScriptedEnv:
 
 
 class ScriptedPolicy:
-    noise_scale, cfg = 1.0, SimpleNamespace(image_size=32)
+    noise_scale, cfg = 1.0, SimpleNamespace(image_size=32, cameras=1)
     act = lambda self, obs, deterministic: (torch.zeros(1, 8, 7), None)
     to_env = lambda self, chunk: chunk
 
@@ -138,7 +141,7 @@ def test_each_real_episode_is_judged_on_its_own(tokenizer, tmp_path, monkeypatch
     model = reflector.Reflector(cfg, tokenizer)
     model.threshold.fill_(0.0)  # every score is above
     data.save_checkpoint(tmp_path / "reflector.pt", "reflector", cfg, model, tokenizer=tokenizer.backend_tokenizer.to_str())
-    monkeypatch.setattr(data, "LiberoEnv", lambda task, image_size: ScriptedEnv())
+    monkeypatch.setattr(data, "LiberoEnv", lambda task, image_size, wrist: ScriptedEnv())
     monkeypatch.setattr(evaluate, "_cached_policy", lambda path: ScriptedPolicy())
     cfg = evaluate.Config(stop="reflector", max_steps=64)
     job = lambda index: evaluate._episode_job(cfg, "policy_sft.pt", ScriptedEnv.task, index, str(tmp_path))
@@ -192,7 +195,7 @@ def test_the_policy_is_told_the_perturbed_instruction():
 
 def test_noise_levels_are_mixed_by_the_number_of_the_episode(monkeypatch, tmp_path):
     scripted = ScriptedPolicy()
-    monkeypatch.setattr(data, "LiberoEnv", lambda task, image_size: ScriptedEnv())
+    monkeypatch.setattr(data, "LiberoEnv", lambda task, image_size, wrist: ScriptedEnv())
     monkeypatch.setattr(evaluate, "_cached_policy", lambda path: scripted)
     monkeypatch.setattr(evaluate, "_cached_env", {})
     cfg, used = evaluate.Config(explore=True, explore_horizon=0.1, noise_scale=(0.5, 3.0)), []
@@ -335,7 +338,28 @@ def test_other_suites_run_by_name(undisturbed, spec, tmp_path):
     assert record["task"] == spec and record["steps"] == 8 and len(list((tmp_path / "videos").glob(f"*{task.suite}*.mp4"))) == 1
 
 
+def test_a_policy_with_two_cameras_sees_both(undisturbed, tokenizer, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(policy.PRESETS["smoke"], cameras=2)
+    torch.manual_seed(0)
+    data.save_checkpoint(tmp_path / "two.pt", "policy_sft", cfg, policy.Policy(cfg, tokenizer), tokenizer=tokenizer.backend_tokenizer.to_str(), demos={})
+    seen, embed = [], policy.Policy.embed
+    monkeypatch.setattr(policy.Policy, "embed", lambda self, obs: seen.append(obs) or embed(self, obs))
+    record = evaluate._episode_job(dataclasses.replace(EPISODES, max_steps=16), str(tmp_path / "two.pt"), undisturbed.task, 0, str(tmp_path))
+    assert record["steps"] == 16 and len(seen) == 2 and seen[0]["wrist_frames"].shape == (1, 3, 32, 32)
+    assert seen[0]["wrist_frames"].float().std() > 5 and not torch.equal(seen[0]["wrist_frames"], seen[0]["frames"])
+    assert not torch.equal(seen[0]["wrist_frames"], seen[1]["wrist_frames"])
+
+
+def test_the_table_tells_what_the_oracle_would_have_stopped_in_time(capsys):
+    row = dict(successes=3, ever_successes=7, trials=10, interval=(0.1, 0.6), instruction="turn on the stove")
+    result = dict(protocol=dict(stop="horizon"), policies=dict(policy_sft=row | dict(tasks={"libero_goal:7": row})))
+    evaluate.print_table(result)
+    assert capsys.readouterr().out.count("3/10   30.0 % [10.0, 60.0] ever 7") == 2
+    evaluate.print_table(result | dict(protocol=dict(stop="oracle")))
+    assert "ever" not in capsys.readouterr().out
+
+
 def test_a_suite_without_its_models_is_one_line():
     """LIBERO-PRO has descriptions and initial states of suites whose objects were never published."""
     with pytest.raises(data.UserError, match="libero_goal_with_red_stick:0 cannot be run: .* lacks red_sticker.xml"):
-        evaluate._open_env(data.parse_tasks("libero_goal_with_red_stick:0")[0], 32)
+        evaluate._open_env(data.parse_tasks("libero_goal_with_red_stick:0")[0], 32, False)

@@ -133,6 +133,9 @@ def test_a_published_checkpoint_loads_and_leaves_nothing_over(tokenizer, tmp_pat
         script.Policy(cfg, tokenizer, STATS, state)
     with pytest.raises(data.UserError, match="no .*safetensors"):
         script.load_openvla(tmp_path)
+    (folder / "model-00002-of-00003.safetensors").write_bytes(b"cut short")
+    with pytest.raises(data.UserError, match="model-00002-of-00003.safetensors: not a readable"):
+        script.load_openvla(folder)
 
 
 def test_the_7b_model_has_the_published_names_and_shapes(tokenizer, tmp_path, monkeypatch):
@@ -297,17 +300,25 @@ def test_two_processes_train_what_one_trains(demos):
     assert max(moved.values()) < 2e-4, max(moved, key=moved.get)  # Adam turns rounding of small gradients into small steps
 
 
-def test_fine_tuning_a_published_checkpoint(demos, tokenizer):
+def test_fine_tuning_a_published_checkpoint(demos, tokenizer, monkeypatch):
     torch.manual_seed(0)
-    folder = write_published(demos / "openvla", published(dataclasses.replace(VIT, vocabulary=len(tokenizer) + 64), lambda shape: 0.02 * torch.randn(shape)), tokenizer)
-    flags = ["--tower", "--dino", "32", "3", "2", "--siglip", "48", "3", "2", "80", "--vocabulary", str(len(tokenizer) + 64), "--tokens-per-action", "7", "--lora-rank", "4",
-             "--cameras", "2", "--attention", "suffix", "--steps", "10", "--save-every", "6", "--pretrained", str(folder)]
-    done = train(demos, "--run", "lora", *flags)
-    assert done.returncode == 0, done.stderr[-2000:]
-    tuned, base = script.load_policy(demos / "runs" / "lora" / "policy_sft.pt"), script.load_openvla(folder, "libero_goal")
+    cfg = dataclasses.replace(VIT, tasks="goal:7", demos=str(demos / "demos"), run="lora", vocabulary=len(tokenizer) + 64, lora_rank=4, cameras=2, attention="suffix",
+                              pretrained=str(demos / "openvla"), steps=10, save_every=6)
+    folder = write_published(demos / "openvla", published(cfg, lambda shape: 0.02 * torch.randn(shape)), tokenizer)
+    monkeypatch.chdir(demos)
+    base = script.load_openvla(folder, "libero_goal")
+    script.train(cfg)
+    tuned = script.load_policy(demos / "runs" / "lora" / "policy_sft.pt")
     assert torch.equal(tuned.llama.layers[0].mlp.up_proj.base_layer.weight, base["llama.layers.0.mlp.up_proj.weight"]) and tuned.cfg.cameras == 2
     assert tuned.action_bounds[:, 0].tolist() == [-0.5, 0.75] and not torch.equal(tuned.action_head.out[1].bias, base["action_head.out.1.bias"])
     assert tuned.llama.layers[0].mlp.up_proj.lora_B["default"].weight.abs().max() > 0
+    script.train(dataclasses.replace(cfg, run="published", steps=0))  # nothing but the scale head
+    kept = script.load_policy(demos / "runs" / "published" / "policy_sft.pt").state_dict()
+    assert torch.equal(kept["action_head.out.1.bias"], base["action_head.out.1.bias"]) and kept["llama.layers.0.mlp.up_proj.lora_B.default.weight"].abs().max() == 0
+    assert kept["scale_out.bias"].ne(-3).any()
+
+
+def test_wrong_flags_are_one_line(demos):
     for flag, value, message in (("--attention", "causal", "expected full or suffix"), ("--pretrained", str(demos / "demos"), "safetensors")):
         done = train(demos, "--run", "bad", flag, value)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1

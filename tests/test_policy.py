@@ -131,6 +131,14 @@ def test_every_action_of_a_chunk_is_predicted_on_its_own(policy):
 
 # ---- learning ------------------------------------------------------------------------------------------------------------
 
+def test_presets_are_numbers_only(tokenizer):
+    """Every preset builds the same class; base and paper on the meta device, which holds no numbers."""
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in script.Policy(cfg, tokenizer).parameters()) for name, cfg in script.PRESETS.items()}
+    assert sizes["smoke"] < 0.2e6 < sizes["tiny"] < 2e6 < sizes["base"] < 1e8 < 7.8e9 < sizes["paper"] < 7.9e9  # Llama and towers 7.4, heads 0.34, LoRA 0.11
+    assert all(cfg.preset == name for name, cfg in script.PRESETS.items())
+
+
 def test_masked_steps_reach_neither_loss_nor_gradient(policy):
     obs, mask = make_obs(2), torch.ones(2, CFG.chunk_size)
     mask[1, 3:] = 0
