@@ -375,7 +375,7 @@ def train(cfg: Config):
     with torch.device(device):
         policy = Policy(cfg, load_tokenizer(tokenizer), stats, weights)
     samples["actions"] = policy.from_env(samples["actions"].to(device)).cpu()
-    optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=cfg.weight_decay, fused=True)
     start = data.restore(checkpoint, policy, optimizer)
     print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {len(episodes)} demonstrations, "
           f"{len(samples['frames'])} samples, steps {start} to {total}")
