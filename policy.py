@@ -167,10 +167,10 @@ class Policy(nn.Module):
         self.register_buffer("action_bounds", torch.tensor(stats["action"], dtype=torch.float32))    # (2, 7)
         self.register_buffer("proprio_bounds", torch.tensor(stats["proprio"], dtype=torch.float32))  # (2, 8)
         if weights:
-            names = self.load_state_dict(weights, strict=False)
-            lacking = [n for n in names.missing_keys if not n.startswith(("action_head", "scale_", "proprio_", "action_bounds"))]
-            data.require(not lacking and not names.unexpected_keys, f"{cfg.pretrained}: lacks {lacking[:3]}, has unknown "
-                         f"{names.unexpected_keys[:3]}; expected the files of a published OpenVLA or OpenVLA-OFT checkpoint")
+            own = {(n, v.shape) for n, v in self.state_dict().items() if n in weights or not n.startswith(("action_", "scale_", "proprio"))}
+            wrong = sorted({n for n, _ in own ^ {(n, v.shape) for n, v in weights.items()}})
+            data.require(not wrong, f"{cfg.pretrained}: {len(wrong)} weights do not fit, such as {wrong[:1]}; it takes --preset paper")
+            self.load_state_dict(weights, strict=False)  # the heads, OpenVLA itself does not have them
         if cfg.lora_rank:
             self.add_lora()
 
@@ -359,7 +359,8 @@ def train(cfg: Config):
     rank, ranks, device = processes.process_index, processes.num_processes, processes.device
     run, tasks, total = data.run_dir(cfg), data.parse_tasks(cfg.tasks), cfg.steps + cfg.scale_steps
     path = run / "policy_sft.pt"
-    data.require(cfg.attention in ("full", "suffix"), f"unknown --attention {cfg.attention!r}, expected full or suffix")
+    data.require(cfg.attention in ("full", "suffix") and cfg.cameras in (1, 2), f"got --attention {cfg.attention} --cameras "
+                 f"{cfg.cameras}, expected full or suffix, and 1 or 2")
     checkpoint, finished = data.resume(path, "policy_sft", cfg, device)
     if finished:
         return print(f"{path} is finished ({total} steps); delete it to train again")
@@ -387,8 +388,7 @@ def train(cfg: Config):
         pick = lambda x: x[rows].to(device) if torch.is_tensor(x) else [x[i] for i in rows]
         obs = {key: pick(value) for key, value in samples.items() if key not in ("actions", "mask")}
         fitting_scale = step >= cfg.steps
-        if fitting_scale:
-            policy.eval()  # the frozen rest, as it will act
+        policy.train(not fitting_scale)  # the frozen rest as it will act
         progress = (step - cfg.steps) / cfg.scale_steps if fitting_scale else step / cfg.steps
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * progress))

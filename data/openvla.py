@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import data
@@ -36,16 +35,15 @@ def load_openvla(checkpoint_dir, suite="") -> dict:
     statistics of `suite`) -> state dict of `Policy` at preset paper, less the heads it does not have. Raises UserError."""
     folder, published, state = Path(checkpoint_dir), {}, {}
     shards = sorted(folder.glob("*.safetensors"))
-    data.require(shards, f"{folder}: no *.safetensors inside, expected the files of a published OpenVLA or OpenVLA-OFT checkpoint")
-    for shard in shards:
+    for pattern, found in (("*.safetensors", shards), ("tokenizer.json", (folder / "tokenizer.json").exists())):
+        data.require(found, f"{folder}: no {pattern} inside, expected the files of a published OpenVLA or OpenVLA-OFT checkpoint")
+    for file in (*shards, *sorted(folder.glob("action_head--*.pt")), *sorted(folder.glob("proprio_projector--*.pt"))):
         try:
-            published |= load_file(shard)
-        except (SafetensorError, OSError) as error:
-            raise data.UserError(f"{shard}: not a readable safetensors file ({error}); download it again") from None
-    for part in ("action_head", "proprio_projector"):
-        for file in sorted(folder.glob(f"{part}--*.pt")):
-            head = torch.load(file, map_location="cpu", weights_only=True)
-            published |= {f"{part}.{name.removeprefix('module.')}": value for name, value in head.items()}  # `module.`: DDP's
+            weights = load_file(file) if file in shards else torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # safetensors and torch raise a dozen types for a damaged file
+            raise data.UserError(f"{file}: not a readable file of weights ({type(error).__name__}); download it again") from None
+        prefix = "" if file in shards else file.name.split("--")[0] + "."
+        published |= {prefix + name.removeprefix("module."): value for name, value in weights.items()}  # `module.`: DDP's
     for name, value in published.items():
         if name.startswith(UNUSED):
             continue

@@ -129,12 +129,18 @@ def test_a_published_checkpoint_loads_and_leaves_nothing_over(tokenizer, tmp_pat
     assert policy.action_bounds[:, 0].tolist() == [-0.5, 0.75] and script.load_openvla(folder, "libero_10").keys() < state.keys()
     assert torch.equal(policy.llama.layers[1].mlp.up_proj.weight, state["llama.layers.1.mlp.up_proj.weight"])
     state.pop("llama.norm.weight")
-    with pytest.raises(data.UserError, match="lacks.*llama.norm.weight"):
+    with pytest.raises(data.UserError, match="1 weights do not fit, such as .'llama.norm.weight'"):
         script.Policy(cfg, tokenizer, STATS, state)
+    with pytest.raises(data.UserError, match="weights do not fit.*--preset paper"):  # the sizes of another preset
+        script.Policy(SMOKE, tokenizer, STATS, script.load_openvla(folder))
     with pytest.raises(data.UserError, match="no .*safetensors"):
         script.load_openvla(tmp_path)
-    (folder / "model-00002-of-00003.safetensors").write_bytes(b"cut short")
-    with pytest.raises(data.UserError, match="model-00002-of-00003.safetensors: not a readable"):
+    for name in ("action_head--150000_checkpoint.pt", "model-00002-of-00003.safetensors"):
+        (folder / name).write_bytes(b"cut short")
+        with pytest.raises(data.UserError, match=f"{name}: not a readable"):
+            script.load_openvla(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(data.UserError, match="no tokenizer.json"):
         script.load_openvla(folder)
 
 
@@ -145,7 +151,8 @@ def test_the_7b_model_has_the_published_names_and_shapes(tokenizer, tmp_path, mo
     with torch.device("meta"):
         policy = script.Policy(cfg, tokenizer)
     import safetensors.torch
-    (tmp_path / "model.safetensors").touch()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
     for part in ("action_head", "proprio_projector"):
         (tmp_path / f"{part}--1_checkpoint.pt").touch()
     monkeypatch.setattr(safetensors.torch, "load_file", lambda path: files["model"])
@@ -319,6 +326,6 @@ def test_fine_tuning_a_published_checkpoint(demos, tokenizer, monkeypatch):
 
 
 def test_wrong_flags_are_one_line(demos):
-    for flag, value, message in (("--attention", "causal", "expected full or suffix"), ("--pretrained", str(demos / "demos"), "safetensors")):
+    for flag, value, message in (("--attention", "causal", "expected full or suffix"), ("--cameras", "3", "1 or 2"), ("--pretrained", str(demos / "demos"), "safetensors")):
         done = train(demos, "--run", "bad", flag, value)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -187,3 +187,16 @@ def test_micro_batches_do_not_change_the_update(rollouts, models, tokenizer):
     for other in changes[1:]:
         for name, delta in changes[0].items():
             torch.testing.assert_close(other[name], delta, atol=2e-6, rtol=1e-3)
+
+
+def test_a_policy_with_suffix_attention_learns_in_its_suffix_only(models, tokenizer):
+    cfg = dataclasses.replace(policy_script.PRESETS["smoke"], attention="suffix")
+    torch.manual_seed(0)
+    policy = policy_script.Policy(cfg, tokenizer).eval()
+    torch.nn.init.constant_(policy.scale_out.bias, -1.0)
+    policy.prompt_gradient = False
+    rollouts = imagine((policy, *models[1:]), 1.0)
+    before = {name: p.clone() for name, p in policy.state_dict().items()}
+    script.update(policy, torch.optim.AdamW(policy.parameter_groups(1e-3, 1e-3), weight_decay=0.0), rollouts, CFG)  # raises where the first ratio is not 1
+    moved = {name.split(".")[0] for name, p in policy.state_dict().items() if not torch.equal(p, before[name])}
+    assert moved == {"llama", "action_head", "scale_trunk", "scale_out"}
