@@ -95,7 +95,7 @@ class ResNet(nn.Module):
         super().__init__()
         from transformers import ResNetConfig, ResNetModel
         sizes = dict(embedding_size=cfg.tower[0], hidden_sizes=list(cfg.tower), depths=[1] * len(cfg.tower))
-        self.resnet = ResNetModel(ResNetConfig(layer_type="basic", **sizes))
+        self.resnet = ResNetModel(ResNetConfig(layer_type="basic", **sizes)).to(memory_format=torch.channels_last)  # a tenth faster
         self.channels, patches = cfg.tower[-1], (cfg.image_size // 2 ** (len(cfg.tower) + 1)) ** 2
         self.position = nn.Parameter(torch.randn(patches, self.channels))  # a convolution does not know where it is
 
