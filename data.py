@@ -12,13 +12,14 @@ import functools
 import importlib.metadata
 import io
 import json
+import math
 import multiprocessing
 import os
 import runpy
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +27,7 @@ import h5py
 import imageio
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 SUITES = {"goal": "libero_goal", "object": "libero_object", "spatial": "libero_spatial", "long": "libero_10"}
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}  # OpenVLA-OFT
@@ -67,6 +68,10 @@ class Task:
         right, up, forward = np.array([[0, 1, 0], [-cos, 0, sin], [-sin, 0, -cos]])  # it looks back at the robot
         rows = np.stack([forward / 2 - focal * right, forward / 2 - focal * up, forward])  # orient() mirrors columns: minus right
         return np.concatenate([rows, -rows @ [[x], [0], [height]]], 1)
+
+
+def beside(name):  # the function `name` of data/<name>.py: details nobody has to read
+    return runpy.run_path(str(Path(__file__).parent / "data" / f"{name}.py"))[name]
 
 
 @functools.lru_cache
@@ -251,7 +256,8 @@ def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=
     for root in (root for root in roots if "expert" in kinds and (root / "libero_demos.npz").exists()):
         if own := [name for name in by_task if found[name, "expert"]]:
             print(f"demonstrations {below} take the place of the shipped ones of {', '.join(own)}")
-        found |= render_demos(root, [t for t in tasks if t.name not in own], image_size or 128, demos_per_task, wrist)
+        with processes().main_process_first():  # the others find what it rendered
+            found |= beside("render_demos")(root, [t for t in tasks if t.name not in own], image_size or 128, demos_per_task, wrist)
     episodes, chosen = [], []
     for (name, kind), paths in found.items():
         task, ids = by_task[name], sorted(paths)
@@ -276,33 +282,6 @@ def spread(n, size):  # `size` of n demonstrations or frames, evenly, as RIPT-VL
 
 
 # ---- the simulator, and the shipped demonstrations that it renders ---------------------------------------------------------
-def render_demos(root, tasks, image_size, demos_per_task, wrist=False, workers=2):
-    """Render what is not yet in `root/rendered/<size>/<suite>/<task>/` -> {(task name, "expert"): {demo id: path}}."""
-    shipped, found, jobs, frames = np.load(root / "libero_demos.npz"), {}, [], 0
-    for task in tasks:
-        key, folder = f"{task.suite}_{task.index}", root / "rendered" / f"{image_size}{'-wrist' * wrist}" / task.suite / task.name
-        ids = spread(int(shipped.get(f"{key}/num_demos", 0)), demos_per_task)
-        found[task.name, "expert"] = {i: folder / f"demo_{i}.hdf5" for i in ids}
-        fresh = lambda path: path.exists() and path.stat().st_mtime > (root / "libero_demos.npz").stat().st_mtime
-        missing = [(i, path) for i, path in found[task.name, "expert"].items() if not fresh(path)]
-        parts = (missing[::2], missing[1::2]) if len(tasks) < 4 else (missing,)  # two workers for one task, one environment for many
-        jobs += [(root, task, part, image_size, wrist) for part in parts if part]
-        frames += sum(len(shipped[f"{key}/success_{i}"]) for i, _ in missing)
-    if not jobs:
-        return found
-    paths = [path for job in jobs for _, path in job[2]]
-    print(f"rendering {len(paths)} shipped demonstrations at {image_size}x{image_size}: {frames} frames, "
-          f"about {frames * 0.06 * (1 + wrist) / 60:.0f} min on two cores")
-    with process_pool(min(workers, len(jobs))) as pool, tqdm(total=len(paths), unit="demo", mininterval=2) as bar:
-        pending = [pool.submit(_render_task, *job) for job in jobs]
-        while pending:
-            done, pending = wait(pending, timeout=1)
-            bar.update(sum(fresh(path) for path in paths) - bar.n)
-            for job in done:
-                job.result()
-    return found
-
-
 def _render_task(root, task, missing, image_size, wrist):  # in a worker: demonstrations [(id, path)] of one task
     shipped, env = np.load(root / "libero_demos.npz"), LiberoEnv(task, image_size, wrist)
     for i, path in missing:
@@ -329,26 +308,6 @@ def _start_worker():  # ends with its parent: idle workers outlive one that is k
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def thin_meshes(sim, grid):
-    """Draw large visual meshes coarser: vertices in one cell of `grid` (m) become one. 4 mm change a picture by 0.3 to 1.4 of 255."""
-    import mujoco
-    model, context = sim.model._model, sim._render_context_offscreen
-    context.gl_ctx.make_current()  # the upload goes to whatever context is current
-    mesh, solid = model.geom_type == mujoco.mjtGeom.mjGEOM_MESH, (model.geom_contype | model.geom_conaffinity) != 0
-    seen = np.setdiff1d(model.geom_dataid[mesh], model.geom_dataid[mesh & solid])
-    for i in seen[(model.mesh_facenum[seen] >= 8000) & (grid > 0)]:
-        vertices = model.mesh_vert[model.mesh_vertadr[i]:][:model.mesh_vertnum[i]]
-        faces = slice(model.mesh_faceadr[i], model.mesh_faceadr[i] + model.mesh_facenum[i])
-        _, first, cell = np.unique(np.floor(vertices / grid) @ [1, 1e4, 1e8], return_index=True, return_inverse=True)
-        vertices[:] = vertices[first][cell]
-        corners = cell[model.mesh_face[faces]]
-        kept = np.flatnonzero((corners != np.roll(corners, 1, axis=1)).all(1))  # the others have become lines or points
-        for array in (model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord):
-            array[faces][:len(kept)] = array[faces][kept]
-        model.mesh_facenum[i] = len(kept)
-        mujoco.mjr_uploadMesh(model, context.con, int(i))
-
-
 class LiberoEnv:
     """One LIBERO task. An episode depends on nothing but its index: every reset is seeded with it (fixtures are placed then)."""
 
@@ -370,7 +329,7 @@ class LiberoEnv:
         self.sim, robot = self.env.sim, self.env.robots[0]
         self._site, self._body = robot.eef_site_id, self.sim.model.body_name2id(robot.robot_model.eef_name)
         self.state, self.close, self._gripper = self.env.get_sim_state, self.env.close, robot._ref_gripper_joint_pos_indexes
-        thin_meshes(self.sim, mesh_grid)  # 0: LIBERO's own meshes, for checkpoints trained on them
+        beside("thin_meshes")(self.sim, mesh_grid)  # 0: LIBERO's own meshes, for checkpoints trained on them
 
     def reset(self, init_index=None, seed=None) -> dict:
         """Official initial state `init_index`, or a fresh layout drawn from `seed`; then 10 settle steps -> observation."""
@@ -465,6 +424,45 @@ def restore(checkpoint, model, optimizer) -> int:  # -> the step at which traini
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["step"] if checkpoint else 0
+
+
+def processes():  # one, unless `accelerate launch` started the script
+    from accelerate import PartialState
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def fit(cfg, kind, model, optimizer, checkpoint, phases, loss_of, before_saving=lambda step: {}, **extra):
+    """Train `model` in `phases` of so many gradient steps, each with warm-up and cosine decay of the groups' `peak`, from `checkpoint`
+    on. `loss_of(phase, step)` -> loss, metrics of this process's share of a batch; gradients are averaged over processes."""
+    from accelerate.utils import reduce
+    run, ends, first = run_dir(cfg), np.cumsum(phases).tolist(), processes().is_main_process
+    name, start, total, began = kind.removesuffix("_sft"), restore(checkpoint, model, optimizer), ends[-1], time.time()
+    for step in (bar := trange(start, total, initial=start, total=total, desc=name, mininterval=2, disable=not first)):
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
+        phase = sum(step >= end for end in ends)
+        done = step - ends[phase] + phases[phase]
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1, (done + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done / phases[phase]))
+        loss, metrics = loss_of(phase, step)
+        optimizer.zero_grad(set_to_none=True)  # parameters without gradient are skipped by AdamW: frozen
+        loss.backward()
+        trained = [p for p in model.parameters() if p.grad is not None]
+        for p in trained:
+            p.grad = reduce(p.grad, "mean")
+        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        saving = (step + 1) % cfg.save_every == 0 or step + 1 in ends
+        if first and saving:
+            metrics |= before_saving(step + 1)
+        metrics = {k: float(v) for k, v in metrics.items()} if saving or (step + 1) % 20 == 0 else None
+        if first and metrics:
+            bar.set_postfix({k: f"{v:.3f}" for k, v in metrics.items() if not k[-1].isdigit()})
+            log(run, name, step + 1, metrics)
+        if first and saving:
+            save_checkpoint(run / f"{kind}.pt", kind, cfg, model, optimizer=optimizer.state_dict(), step=step + 1, metrics=metrics,
+                            finished=step + 1 == total, **extra)
+    if first:
+        print(f"wrote {run / kind}.pt after {(took := time.time() - began):.0f} s, {(total - start) / took:.2f} steps/s")
 
 
 def run_dir(config) -> Path:  # runs/<name>/; the default name says tasks and preset, `goal-tiny`

@@ -12,6 +12,7 @@ Only policy queries are rendered, every chunk_size steps: a render costs as much
 Reads: policy_*.pt, world_sim.pt, reflector.pt.  Writes: runs/<run>/results.json, explore/*.hdf5, report.json.
 """
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,8 +29,8 @@ from tqdm import tqdm
 
 import data
 from policy import load_policy
-from reflector import load_reflector
-from world_sim import load_world_sim, open_loop
+from reflector import load_reflector, stops
+from world_sim import load_world_sim, replay
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Config:
     tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2, libero_90
     policy: str = ""  # checkpoint to run; empty: policy_sft.pt of the run
     run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
-    preset: str = "tiny"  # smoke or tiny; every other flag overrides it
+    preset: str = "tiny"  # smoke, tiny, base or paper; every other flag overrides it
     seed: int = 0  # of sampled actions
     episodes: int = 10  # per task: official initial states 0 .. episodes-1
     stop: str = "oracle"  # oracle, horizon or reflector
@@ -53,7 +54,8 @@ class Config:
     report: bool = False  # measure the reality gap of world_sim.pt and reflector.pt instead
 
 
-PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", episodes=1, max_steps=16, explore_episodes=5, explore_horizon=0.08)}
+PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", episodes=1, max_steps=16, explore_episodes=5, explore_horizon=0.08),
+           "base": Config(preset="base"), "paper": Config(preset="paper", frame_every=1)}
 EXPLORE_SEED = 5000  # first reset seed of exploration; the shipped demonstrations use 1000 and up, official states none
 
 
@@ -91,6 +93,17 @@ def psnr(a, b):
     """uint8 frames (..., 3, H, W) x 2 -> (...) peak signal-to-noise ratio in dB."""
     error = ((a.astype(np.float32) - b.astype(np.float32)) ** 2).mean((-3, -2, -1))
     return 10 * np.log10(255 ** 2 / np.maximum(error, 1e-2))
+
+
+def ssim(a, b):
+    """uint8 frames (3, H, W) x 2 -> structural similarity (Wang et al. 2004), Gaussian window of 11 pixels, mean over channels."""
+    window = torch.exp(-torch.arange(-5.0, 6, dtype=torch.float64) ** 2 / (2 * 1.5 ** 2))
+    window = (window[:, None] * window / window.sum() ** 2)[None, None]
+    a, b = (torch.from_numpy(x.astype(float))[:, None] for x in (a, b))
+    blur = lambda x: torch.nn.functional.conv2d(x, window)
+    c1, c2, ma, mb = (0.01 * 255) ** 2, (0.03 * 255) ** 2, blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma ** 2, blur(b * b) - mb ** 2, blur(a * b) - ma * mb
+    return float(((2 * ma * mb + c1) * (2 * cov + c2) / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2))).mean())
 
 
 # ---- one episode in the real simulator -------------------------------------------------------------------------------------
@@ -342,23 +355,49 @@ def explore(cfg: Config):
 
 # ---- the reality gap -------------------------------------------------------------------------------------------------------
 
-def evaluate_world_sim(world_sim, episodes, horizons=(8, 32, 64)) -> dict:
-    """Replay held-out actions in imagination: PSNR (dB) by horizon, beside the frozen first frame and shuffled actions."""
-    rng, rows = np.random.default_rng(0), {h: [] for h in horizons}
-    for episode in episodes:
-        step_of = {int(s): i for i, s in enumerate(episode.frame_steps)}
-        usable = [h for h in horizons if h in step_of and h <= len(episode.actions)]
-        if not usable:
-            continue
-        K = world_sim.cfg.chunk_size
-        shuffled = np.concatenate([episode.actions, episode.actions[-1:].repeat(-len(episode.actions) % K, 0)]).reshape(-1, K, 7)
-        shuffled = shuffled[rng.permutation(len(shuffled))].reshape(-1, 7)
-        imagined, other = open_loop(world_sim, episode), open_loop(world_sim, episode, actions=shuffled)
-        for h in usable:
-            real, i = episode.frames[step_of[h]], h // K * world_sim.cfg.frames_per_chunk
-            rows[h].append([psnr(imagined[i], real), psnr(episode.frames[0], real), psnr(other[i], real)])
-    mean = {h: np.mean(rows[h], 0).tolist() for h in horizons if rows[h]}
-    return {f"psnr_{name}_{h}": mean[h][k] for h in mean for k, name in enumerate(("imagined", "frozen", "shuffled"))}
+def evaluate_world_sim(world_sim, episodes, horizons=(8, 64, 160)) -> dict:
+    """Replay held-out actions in imagination and compare with the real frames at `horizons` (control steps): PSNR (dB) and SSIM,
+    beside the first frame kept, the chunks of actions in another order, and standing still; error of proprio (mm, degrees)."""
+    rng, K, per_chunk = np.random.default_rng(0), world_sim.cfg.chunk_size, world_sim.cfg.frames_per_chunk
+    chunks = [np.split(e.actions, range(K, len(e.actions), K)) for e in episodes]
+    shuffled = [np.concatenate([parts[i] for i in rng.permutation(len(parts))]) for parts in chunks]
+    still = [e.actions * np.array([0, 0, 0, 0, 0, 0, 1], np.float32) for e in episodes]
+    (imagined, proprio), (other, _), (stood, _) = (replay(world_sim, episodes, actions) for actions in (None, shuffled, still))
+    rows = []
+    for b, episode in enumerate(episodes):
+        for i, h in ((i, int(h)) for i, h in enumerate(episode.frame_steps) if h in horizons):
+            real, at, error = episode.frames[i], h // K * per_chunk, proprio[b, h // K] - episode.proprio[h]
+            views = dict(imagined=imagined[b, at], frozen=episode.frames[0], shuffled=other[b, at], still=stood[b, at])
+            rows.append({f"{name}_{kind}_{h}": measure(view, real) for name, measure in dict(psnr=psnr, ssim=ssim).items()
+                         for kind, view in views.items()})
+            rows[-1] |= {f"drift_mm_{h}": 1000 * np.linalg.norm(error[:3]), f"drift_degrees_{h}": np.degrees(np.linalg.norm(error[3:6]))}
+    return {key: float(np.mean([row[key] for row in rows if key in row])) for key in sorted({key for row in rows for key in row})}
+
+
+def stability(world_sim, episodes, steps=304) -> dict:
+    """Contrast and sharpness of what is imagined after `steps`, each episode's actions over and over, relative to its real frames."""
+    last = replay(world_sim, episodes, [np.resize(e.actions, (steps, 7)) for e in episodes])[0][:, -1]
+    measures = dict(contrast=lambda x: x.std((-1, -2)).mean(), sharpness=lambda x: abs(np.diff(x.astype(float))).mean())
+    return {f"{name}_{steps}": float(np.mean([of(frame) / of(e.frames) for frame, e in zip(last, episodes)]))
+            for name, of in measures.items()}
+
+
+def success_agreement(world_sim, reflector, episodes) -> dict:
+    """The same actions in MuJoCo and in the simulator: does the reflector find in the imagined frames the outcome that was real?"""
+    K, cfg = world_sim.cfg.chunk_size, reflector.cfg
+    imagined = replay(world_sim, episodes)[0][:, ::world_sim.cfg.frames_per_chunk]
+    outcomes = dict(real=[bool(e.success.any()) for e in episodes], seen_real=[], seen_imagined=[])
+    for episode, frames in zip(episodes, imagined):
+        at = episode.frame_steps % K == 0
+        for name, seen in dict(seen_real=episode.frames[at], seen_imagined=frames[:at.sum()]).items():
+            score = torch.from_numpy(reflector.score(dataclasses.replace(episode, frames=seen)))[None]
+            outcomes[name].append(bool(stops(score, reflector.threshold.cpu(), cfg.min_steps, cfg.patience).any()))
+    real, seen_real, seen = (np.array(x) for x in outcomes.values())
+    by_chance = real.mean() * seen.mean() + (1 - real.mean()) * (1 - seen.mean())
+    agreement = float((real == seen).mean())
+    return dict(agreement=agreement, kappa=float((agreement - by_chance) / (1 - by_chance)) if by_chance < 1 else float("nan"),
+                episodes=len(real), successes=int(real.sum()), found=int((real & seen).sum()), invented=int((~real & seen).sum()),
+                agreement_on_real_frames=float((real == seen_real).mean()))
 
 
 def evaluate_reflector(reflector, episodes, threshold=None) -> dict:
@@ -384,12 +423,14 @@ def report(cfg: Config):
     run = data.run_dir(cfg)
     world_sim, reflector = load_world_sim(run / "world_sim.pt"), load_reflector(run / "reflector.pt")
     episodes = [e for e in data.load_episodes(run / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",)) if e.held_out]
-    result = dict(world_sim=evaluate_world_sim(world_sim, episodes), reflector=evaluate_reflector(reflector, episodes))
-    for episode in episodes:
-        K = world_sim.cfg.chunk_size
-        imagined = open_loop(world_sim, episode)[::world_sim.cfg.frames_per_chunk]
-        steps = [i for i, s in enumerate(episode.frame_steps) if s % K == 0][:len(imagined)]
-        side_by_side = np.concatenate([episode.frames[steps], imagined[:len(steps)]], -1)  # real | imagined
+    outcome = lambda wanted: [e for e in episodes if e.success.any() == wanted]
+    result = dict(world_sim=evaluate_world_sim(world_sim, episodes) | stability(world_sim, episodes)
+                  | {f"{name}_episodes": evaluate_world_sim(world_sim, part) for name, part in
+                     dict(successful=outcome(True), failed=outcome(False)).items() if part},
+                  agreement=success_agreement(world_sim, reflector, episodes), reflector=evaluate_reflector(reflector, episodes))
+    for episode, frames in zip(episodes, replay(world_sim, episodes)[0][:, ::world_sim.cfg.frames_per_chunk]):
+        steps = [i for i, s in enumerate(episode.frame_steps) if s % world_sim.cfg.chunk_size == 0]
+        side_by_side = np.concatenate([episode.frames[steps], frames[:len(steps)]], -1)  # real | imagined
         data.save_video(run / "videos" / f"gap_{episode.task}_{episode.index}.mp4", side_by_side, fps=4)
     print(json.dumps(result, indent=1))
     save_json(run / "report.json", result)

@@ -20,8 +20,6 @@ Reads: demonstrations (--demos), a published checkpoint (--pretrained).  Writes:
   accelerate launch policy.py --preset paper --tasks goal --pretrained openvla-7b/     # fine-tune the published 7B model
 """
 import math
-import runpy
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from tqdm import trange
 
 import data
 
@@ -334,8 +331,8 @@ def load_policy(path, device="cpu") -> Policy:
 
 def load_openvla(checkpoint_dir, suite="") -> dict:
     """A published OpenVLA or OpenVLA-OFT checkpoint (its LIBERO statistics those of `suite`) -> state dict of `Policy` at preset
-    paper, less the heads it does not have: see data/openvla.py. Raises UserError."""
-    return runpy.run_path(str(Path(__file__).parent / "data" / "openvla.py"))["load_openvla"](checkpoint_dir, suite)
+    paper, less the heads it does not have: see data/load_openvla.py. Raises UserError."""
+    return data.beside("load_openvla")(checkpoint_dir, suite)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
@@ -353,20 +350,16 @@ def dataset(episodes, chunk_size):
 
 
 def train(cfg: Config):
-    from accelerate import PartialState
-    from accelerate.utils import reduce
-    processes = PartialState(cpu=not torch.cuda.is_available())  # one, unless started by `accelerate launch`
+    processes = data.processes()
     rank, ranks, device = processes.process_index, processes.num_processes, processes.device
-    run, tasks, total = data.run_dir(cfg), data.parse_tasks(cfg.tasks), cfg.steps + cfg.scale_steps
-    path = run / "policy_sft.pt"
+    path, tasks, total = data.run_dir(cfg) / "policy_sft.pt", data.parse_tasks(cfg.tasks), cfg.steps + cfg.scale_steps
     data.require(cfg.attention in ("full", "suffix") and cfg.cameras in (1, 2), f"got --attention {cfg.attention} --cameras "
                  f"{cfg.cameras}, expected full or suffix, and 1 or 2")
     checkpoint, finished = data.resume(path, "policy_sft", cfg, device)
     if finished:
         return print(f"{path} is finished ({total} steps); delete it to train again")
     torch.manual_seed(cfg.seed)
-    with processes.main_process_first():  # it renders the demonstrations, the others find them
-        episodes = data.load_episodes(cfg.demos, tasks, cfg.demos_per_task, image_size=cfg.image_size, wrist=cfg.cameras == 2)
+    episodes = data.load_episodes(cfg.demos, tasks, cfg.demos_per_task, image_size=cfg.image_size, wrist=cfg.cameras == 2)
     samples, weights = dataset(episodes, cfg.chunk_size), None
     quantiles = lambda x: np.quantile(np.concatenate(x), [0.01, 0.99], axis=0)
     stats = dict(action=quantiles([e.actions for e in episodes]), proprio=quantiles([e.proprio for e in episodes]))
@@ -377,38 +370,21 @@ def train(cfg: Config):
         policy = Policy(cfg, load_tokenizer(tokenizer), stats, weights)
     samples["actions"] = policy.from_env(samples["actions"].to(device)).cpu()
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=cfg.weight_decay, fused=True)
-    start = data.restore(checkpoint, policy, optimizer)
     print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {len(episodes)} demonstrations, "
-          f"{len(samples['frames'])} samples, steps {start} to {total}")
-    began = time.time()
-    for step in (bar := trange(start, total, initial=start, total=total, desc="policy", mininterval=2, disable=rank > 0)):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
+          f"{len(samples['frames'])} samples, {total} steps of {cfg.batch_size}")
+
+    def loss_of(phase, step):  # phase 0: the policy, 1: its scale head, the frozen rest as it will act
+        policy.train(phase == 0)
         batch = torch.randint(len(samples["frames"]), (cfg.batch_size,))
         rows = batch[rank::ranks]
         pick = lambda x: x[rows].to(device) if torch.is_tensor(x) else [x[i] for i in rows]
         obs = {key: pick(value) for key, value in samples.items() if key not in ("actions", "mask")}
-        fitting_scale = step >= cfg.steps
-        policy.train(not fitting_scale)  # the frozen rest as it will act
-        progress = (step - cfg.steps) / cfg.scale_steps if fitting_scale else step / cfg.steps
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * progress))
-        loss, metrics = (policy.scale_loss if fitting_scale else policy.loss)(obs, pick(samples["actions"]), pick(samples["mask"]))
-        optimizer.zero_grad(set_to_none=True)  # parameters without gradient are skipped by AdamW: frozen
-        (loss * samples["mask"][rows].sum() / samples["mask"][batch].sum() * ranks).backward()  # the mean over the whole batch
-        trained = [p for p in policy.parameters() if p.grad is not None]
-        for p in trained:
-            p.grad = reduce(p.grad, "mean")
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        if rank == 0 and ((step + 1) % 20 == 0 or step + 1 == total):
-            bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in ("l1", "nll", "grad_norm") if k in metrics})
-            data.log(run, "policy", step + 1, metrics)
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == total):
-            data.save_checkpoint(path, "policy_sft", cfg, policy, optimizer=optimizer.state_dict(), step=step + 1,
-                                 finished=step + 1 == total, metrics={k: float(v) for k, v in metrics.items()}, tokenizer=tokenizer,
-                                 demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in episodes})
-    print(f"wrote {path} after {(seconds := time.time() - began):.0f} s, {(total - start) * cfg.batch_size / seconds:.0f} samples/s")
+        loss, metrics = (policy.loss, policy.scale_loss)[phase](obs, pick(samples["actions"]), pick(samples["mask"]))
+        share = samples["mask"][rows].sum() / samples["mask"][batch].sum() * ranks  # so that processes together take the batch's mean
+        return loss * share, metrics
 
+    data.fit(cfg, "policy_sft", policy, optimizer, checkpoint, (cfg.steps, cfg.scale_steps), loss_of, tokenizer=tokenizer,
+             demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in episodes})
 
 if __name__ == "__main__":
     data.command_line(train, PRESETS, __doc__)

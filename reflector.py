@@ -15,8 +15,6 @@ Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/reflec
 
   python reflector.py --demos data/
 """
-import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from tqdm import trange
 
 import data
 from policy import load_tokenizer, train_tokenizer
@@ -190,9 +187,8 @@ def make_batch(episodes, positives, negatives, instructions, cfg, rng):
 
 
 def train(cfg: Config):
-    run, device = data.run_dir(cfg), "cuda" if torch.cuda.is_available() else "cpu"
-    path = run / "reflector.pt"
-    checkpoint, finished = data.resume(path, "reflector", cfg, device)
+    processes, path = data.processes(), data.run_dir(cfg) / "reflector.pt"
+    checkpoint, finished = data.resume(path, "reflector", cfg, device := processes.device)
     if finished:
         return print(f"{path} is finished ({cfg.steps} steps); delete it to train again")
     torch.manual_seed(cfg.seed)
@@ -202,37 +198,27 @@ def train(cfg: Config):
     instructions = sorted({e.instruction for e in episodes})
     tokenizer = checkpoint["tokenizer"] if checkpoint else train_tokenizer()
     reflector = Reflector(cfg, load_tokenizer(tokenizer)).to(device)
-    optimizer = torch.optim.AdamW(reflector.parameters(), lr=cfg.lr, weight_decay=0.05)
-    start = data.restore(checkpoint, reflector, optimizer)
+    groups = [dict(params=list(reflector.parameters()), peak=cfg.lr)]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.05, fused=True)
     print(f"reflector: {sum(p.numel() for p in reflector.parameters()) / 1e6:.1f} M parameters, {len(episodes)} episodes, "
-          f"{len(positives)} positive and {len(negatives)} negative frames ({len(held_out)} episodes held out), "
-          f"steps {start} to {cfg.steps}")
-    began = time.time()
-    for step in (bar := trange(start, cfg.steps, initial=start, total=cfg.steps, desc="reflector", mininterval=2)):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
-        frames, texts, label = make_batch(episodes, positives, negatives, instructions, cfg, np.random.default_rng((cfg.seed, step)))
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
+          f"{len(positives)} positive and {len(negatives)} negative frames ({len(held_out)} episodes held out), {cfg.steps} steps")
+
+    def loss_of(phase, step):
         reflector.train()
-        loss, metrics = reflector.loss(frames.to(device), texts, label.to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(reflector.parameters(), 1.0)
-        optimizer.step()
-        last = step + 1 == cfg.steps
-        if last:  # choose the stop threshold where training did not look
+        frames, texts, label = make_batch(episodes, positives, negatives, instructions, cfg, np.random.default_rng((cfg.seed, step)))
+        share = slice(processes.process_index, None, processes.num_processes)
+        return reflector.loss(frames[share].to(device), texts[share], label[share].to(device))
+
+    def choose_where_training_did_not_look(step):
+        if step == cfg.steps:
             reflector.eval()
             judged = [(reflector.score(e), e.success[e.frame_steps]) for e in held_out or episodes]
             reflector.threshold.fill_(choose_threshold(*(np.concatenate(x) for x in zip(*judged))))
-        if (step + 1) % 20 == 0 or last:
-            bar.set_postfix({k: f"{float(v):.3f}" for k, v in metrics.items()})
-            data.log(run, "reflector", step + 1, metrics)
-        if (step + 1) % cfg.save_every == 0 or last:
-            data.save_checkpoint(path, "reflector", cfg, reflector, optimizer=optimizer.state_dict(), step=step + 1, finished=last,
-                                 metrics={k: float(v) for k, v in metrics.items()}, tokenizer=tokenizer)
-    print(f"wrote {path} after {time.time() - began:.0f} s, threshold {float(reflector.threshold):.2f} from "
-          f"{len(held_out or episodes)} {'held-out' if held_out else 'training'} episodes")
+        return dict(threshold=reflector.threshold)
 
+    data.fit(cfg, "reflector", reflector, optimizer, checkpoint, (cfg.steps,), loss_of, choose_where_training_did_not_look,
+             tokenizer=tokenizer)
+    print(f"threshold {float(reflector.threshold):.2f} from {len(held_out or episodes)} {'held-out' if held_out else 'training'} episodes")
 
 if __name__ == "__main__":
     data.command_line(train, PRESETS, __doc__)

@@ -2,23 +2,25 @@
 
 The recipe of EnerVerse-AC (EVAC, arXiv 2505.09723), which World-Env builds on, at a size two CPU cores can train:
   every frame is encoded by a VAE; memory = M latents picked sparsely from the past: first, 1/3, 2/3, last
-  the chunk's F frames are denoised together, given the memory, the actions, and an *action map*: the gripper's poses over the chunk,
-  projected with the camera onto the image plane, black background, opening as brightness
-  v-prediction, zero terminal SNR, DDIM with trailing steps; noise on the memory in training, so that errors do not pile up in rollouts
+  the chunk's F frames are denoised together with the memory frames beside them; of each frame the U-Net gets
+    its noisy latent | the condition latent: the memory, and its last frame again for each frame of the chunk | a mask: 1 for memory |
+    its *action map*: the gripper's pose, projected with the camera onto the image plane, black background, opening as brightness
+  and the chunk's K actions (with the change of pose each leads to) as tokens
+  v-prediction, zero terminal SNR, loss on the chunk's frames only; DDIM with trailing steps
+  in training noise on the memory, so that errors do not pile up in rollouts, and action map or actions dropped at times
   proprio: an analytic step of the OSC controller plus a learned residual (`Dynamics`)
-What is denoised is the change since the last memory frame, z_f - z_last: most of the scene stands still.
 Chunk after chunk, the last predicted frame and proprio go back to the policy, the latents into the memory: no physics, no simulator.
 Dims: B batch, K chunk_size, F frames_per_chunk, M memory, C latent channels, h w latent size, H W pixels.
 
-Differs from EVAC: `tiny` stacks memory and chunk as channels of a 2-D U-Net (7-20 times cheaper than a video U-Net on a CPU), feeds
-the actions through the time embedding instead of cross-attention, and draws the action map at latent size; its VAE is linear, it
-predicts the clean sample instead of v, and one frame per chunk: the policy looks only at chunk ends.
+Differs from EVAC: no CLIP tokens and no ray maps, action maps at latent size. `paper` starts from ModelScope's text-to-video model, as
+near to EVAC's DynamiCrafter as diffusers has. `tiny` and `smoke` stack the frames as channels of a 2-D U-Net (7-20 times cheaper than
+a video U-Net on a CPU) with the actions in the time embedding; `tiny` and `base` denoise the change since the last memory frame, as
+most of the scene stands still; `tiny` predicts the clean sample, has a linear VAE, and one frame per chunk: all that the policy sees.
 Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/world_sim.pt, world_sim.jsonl, world_sim_*.png.
 
   python world_sim.py --demos data/
+  accelerate launch world_sim.py --demos data/ --preset paper
 """
-import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from tqdm import trange
 
 import data
 
@@ -36,7 +37,7 @@ class Config:
     tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2
     demos: str = "data"  # directory with LIBERO HDF5 files, searched recursively
     run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
-    preset: str = "tiny"  # smoke or tiny; every other flag overrides it
+    preset: str = "tiny"  # smoke, tiny, base or paper; every other flag overrides it
     seed: int = 0  # of weights, batches and noise
     demos_per_task: int = 5  # expert demonstrations used
     kinds: tuple[str, ...] = ("expert", "explore")  # training data; the paper's ablation is expert alone
@@ -44,30 +45,41 @@ class Config:
     chunk_size: int = 8  # K, actions per prediction, as the policy's
     frames_per_chunk: int = 1  # F, predicted at equal distances, the last at the chunk's end; EVAC: K
     memory: int = 4  # M, frames the prediction sees: first, sparse ones between, last
+    pretrained: str = ""  # name or directory of a published text-to-video model; its sizes are preset paper's
     patch: int = 8  # pixels per side folded into channels before the VAE
     vae_channels: tuple[int, ...] = ()  # per level of a convolutional VAE, each after the first halving the size; empty: linear VAE
     latent_channels: int = 24  # C
+    video_unet: bool = False  # U-Net over frames with attention to action tokens (EVAC) instead of 2-D with frames as channels
     channels: tuple[int, ...] = (64, 128)  # of the denoising U-Net, per level
-    hidden: int = 256  # width of action embedding and proprio residual
+    hidden: int = 256  # width of action tokens (or their embedding) and of the proprio residual
+    bf16: bool = False  # run the U-Net in bfloat16 autocast; for a GPU
     memory_noise: float = 0.2  # largest standard deviation of the noise on memory latents in training
+    condition_dropout: float = 0.0  # share of training samples without action map, and without actions
+    residual: bool = True  # denoise the change since the last memory frame, not the frame
     pure_noise: float = 0.3  # share of training samples that start from noise alone
     prediction: str = "sample"  # what the U-Net outputs, in diffusers' words: sample (easy where nothing moves) or v_prediction (EVAC)
     shift: float = 4.0  # other samples: timesteps shifted towards high noise
     sampling_steps: int = 3  # DDIM steps; EVAC: 27
     vae_steps: int = 0  # gradient steps of a convolutional VAE; the linear one is solved in closed form
-    vae_batch: int = 32  # frames per VAE step
     dynamics_steps: int = 3000  # then gradient steps of the proprio residual, milliseconds each
-    steps: int = 2500  # then gradient steps of the U-Net
-    batch_size: int = 16  # B
+    steps: int = 6000  # then gradient steps of the U-Net
+    batch_size: int = 16  # B, chunks of all processes together; frames per VAE step
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay, for each of these phases
-    save_every: int = 200  # steps between checkpoints, what a kill can cost
+    save_every: int = 500  # steps between checkpoints, what a kill can cost, and between looks at held-out episodes
 
 
+EVAC = dict(frames_per_chunk=8, patch=1, vae_channels=(128, 256, 512, 512), latent_channels=4, video_unet=True, bf16=True,
+            condition_dropout=0.1, prediction="v_prediction", save_every=1000)
 PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, patch=4, vae_channels=(16, 16),
-                    latent_channels=4, channels=(16, 32), hidden=32, prediction="v_prediction", sampling_steps=2, vae_steps=20,
-                    vae_batch=8, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
+                    latent_channels=4, channels=(16, 32), hidden=32, condition_dropout=0.2, prediction="v_prediction",
+                    sampling_steps=2, vae_steps=20, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
+    "base": Config(preset="base", image_size=224, **EVAC | dict(vae_channels=(64, 128, 256, 256), frames_per_chunk=2),
+                   channels=(128, 256, 256), hidden=512, sampling_steps=8, vae_steps=10000, steps=30000, lr=2e-4),
+    "paper": Config(preset="paper", image_size=224, **EVAC, pretrained="ali-vilab/text-to-video-ms-1.7b",
+                    channels=(320, 640, 1280, 1280), hidden=1024, residual=False, pure_noise=0.0, shift=1.0, sampling_steps=27,
+                    steps=100000, batch_size=64, lr=5e-5),
 }
 
 
@@ -146,9 +158,7 @@ def action_map(proprio, camera, size):
 
 class LinearVAE(nn.Module):
     """Probabilistic PCA of patches, the optimum of a VAE without hidden layers: (B, D, h, w) <-> (B, C, h, w).
-
-    What two cores buy: 31 dB PSNR on held-out frames in closed form; an AutoencoderKL (16 latents) had 23 dB after 90 s.
-    """
+    What two cores buy: 31 dB PSNR on held-out frames in closed form; an AutoencoderKL (16 latents) had 23 dB after 90 s."""
 
     def __init__(self, inputs, latents, size):
         super().__init__()
@@ -156,8 +166,7 @@ class LinearVAE(nn.Module):
         self.register_buffer("basis", torch.eye(inputs, latents))
 
     @torch.no_grad()
-    def fit(self, folded):
-        """folded frames (N, D, h, w)"""
+    def fit(self, folded):  # frames (N, D, h, w)
         self.background.copy_(folded.mean(0))
         patches = rearrange(folded - self.background, "b d h w -> (b h w) d")
         self.basis.copy_(torch.linalg.eigh(patches.T @ patches)[1].flip(1)[:, :self.basis.shape[1]])  # by falling variance
@@ -169,25 +178,66 @@ class LinearVAE(nn.Module):
         return torch.einsum("bchw,dc->bdhw", latents, self.basis) + self.background
 
 
+class StackedUNet(nn.Module):
+    """A 2-D U-Net with the frames of memory and chunk as channels of one picture; the actions join its time embedding."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        from diffusers import UNet2DModel
+        C, chunk, levels = cfg.latent_channels, cfg.frames_per_chunk, len(cfg.channels)
+        self.unet = UNet2DModel(in_channels=(chunk + cfg.memory) * C + 5 * (chunk + 1), out_channels=chunk * C,
+                                block_out_channels=cfg.channels, layers_per_block=1, norm_num_groups=8,
+                                down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
+                                class_embed_type="identity", resnet_time_scale_shift="scale_shift")
+        self.embed = nn.Sequential(nn.Linear(8 + 15 * cfg.chunk_size, cfg.hidden), nn.SiLU(), nn.Linear(cfg.hidden, 4 * cfg.channels[0]))
+
+    def forward(self, noisy, timestep, known, maps, steps, proprio):
+        """noisy (B, F, C, h, w), timestep (B,), known (B, M + F, C, h, w), maps (B, M + F, 5, h, w), steps (B, K, 15), proprio (B, 8)
+        -> (B, F, C, h, w)"""
+        chunk = noisy.shape[1]  # known repeats its last memory frame over the chunk, maps are black before it
+        x = torch.cat([part.flatten(1, 2) for part in (noisy, known[:, :-chunk], maps[:, -chunk - 1:])], 1)
+        vector = self.embed(torch.cat([proprio, steps.flatten(1)], 1))
+        return self.unet(x, timestep, class_labels=vector).sample.unflatten(1, noisy.shape[1:3])
+
+
+class VideoUNet(nn.Module):
+    """A text-to-video U-Net over the frames of memory and chunk; in place of a text it attends to proprio and the K actions."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        from diffusers import UNet3DConditionModel
+        levels = len(cfg.channels) - 1
+        self.unet = UNet3DConditionModel(in_channels=2 * cfg.latent_channels + 6, out_channels=cfg.latent_channels,
+                                         block_out_channels=cfg.channels, cross_attention_dim=cfg.hidden,
+                                         norm_num_groups=min(32, cfg.channels[0] // 2), attention_head_dim=min(64, cfg.channels[0] // 2),
+                                         down_block_types=("CrossAttnDownBlock3D",) * levels + ("DownBlock3D",),
+                                         up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * levels)
+        self.embed_steps, self.embed_proprio = nn.Linear(15, cfg.hidden), nn.Linear(8, cfg.hidden)
+        self.order = nn.Parameter(torch.randn(cfg.chunk_size, cfg.hidden))
+
+    def forward(self, noisy, timestep, known, maps, steps, proprio):
+        """As `StackedUNet.forward`."""
+        memory = known.shape[1] - noisy.shape[1]
+        mask = (torch.arange(known.shape[1], device=noisy.device) < memory).float()[:, None, None, None].expand_as(maps[:, :, :1])
+        x = torch.cat([torch.cat([known[:, :memory], noisy], 1), known, mask, maps], 2)
+        tokens = torch.cat([self.embed_proprio(proprio)[:, None], self.embed_steps(steps) + self.order], 1)
+        return self.unet(x.transpose(1, 2), timestep, encoder_hidden_states=tokens).sample.transpose(1, 2)[:, memory:]
+
+
 class WorldSim(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
-        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+        from diffusers import AutoencoderKL, DDIMScheduler
         self.cfg, levels, folded = cfg, len(cfg.vae_channels), 3 * cfg.patch ** 2
         self.size = cfg.image_size // cfg.patch // 2 ** max(0, levels - 1)
         if levels:
-            self.vae = AutoencoderKL(in_channels=folded, out_channels=folded, latent_channels=cfg.latent_channels, norm_num_groups=8,
+            self.vae = AutoencoderKL(in_channels=folded, out_channels=folded, latent_channels=cfg.latent_channels,
+                                     norm_num_groups=min(32, cfg.vae_channels[0] // 2), layers_per_block=2,
                                      block_out_channels=cfg.vae_channels, down_block_types=("DownEncoderBlock2D",) * levels,
                                      up_block_types=("UpDecoderBlock2D",) * levels)
         else:
             self.vae = LinearVAE(folded, cfg.latent_channels, self.size)
-        noisy, maps, levels = cfg.frames_per_chunk * cfg.latent_channels, 5 * (cfg.frames_per_chunk + 1), len(cfg.channels)
-        self.unet = UNet2DModel(in_channels=noisy + cfg.memory * cfg.latent_channels + maps, out_channels=noisy,
-                                block_out_channels=cfg.channels, layers_per_block=1, norm_num_groups=8,
-                                down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
-                                class_embed_type="identity", resnet_time_scale_shift="scale_shift")
-        self.action_embedding = nn.Sequential(nn.Linear(8 + cfg.chunk_size * 15, cfg.hidden), nn.SiLU(),
-                                              nn.Linear(cfg.hidden, 4 * cfg.channels[0]))
+        self.denoiser = VideoUNet(cfg) if cfg.video_unet else StackedUNet(cfg)
         self.dynamics = Dynamics(cfg.chunk_size, cfg.hidden)
         self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                                        prediction_type=cfg.prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing")
@@ -203,10 +253,11 @@ class WorldSim(nn.Module):
         data.check_frames(frames, self.cfg.image_size, "simulator")
         return rearrange(frames.float() / 127.5 - 1, "b c (h p) (w q) -> b (c p q) h w", p=self.cfg.patch, q=self.cfg.patch)
 
+    @torch.no_grad()
     def encode(self, frames):
         """uint8 (..., 3, H, W) -> (..., C, h, w), standardised."""
-        latents = self.vae.encode(self.fold(frames.flatten(0, -4)))
-        latents = latents.latent_dist.mode() if self.cfg.vae_channels else latents
+        parts = [self.vae.encode(self.fold(part)) for part in frames.flatten(0, -4).split(64)]
+        latents = torch.cat([part.latent_dist.mode() if self.cfg.vae_channels else part for part in parts])
         return ((latents - self.latent_mean) / self.latent_std).unflatten(0, frames.shape[:-3])
 
     def decode(self, latents):
@@ -230,38 +281,40 @@ class WorldSim(nn.Module):
         return Memory(self.encode(frames)[:, None], camera, frames.new_zeros(len(frames), 8, dtype=torch.float32))
 
     def condition(self, recalled, proprio, actions, path, camera):
-        """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> image-like and vector conditions."""
-        gap = self.cfg.chunk_size // self.cfg.frames_per_chunk
+        """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> what `StackedUNet.forward` takes."""
+        cfg, gap = self.cfg, self.cfg.chunk_size // self.cfg.frames_per_chunk
         at = slice(gap - 1, None, gap)  # the actions after which frames are predicted
-        maps = action_map(torch.cat([proprio[:, None], path[:, at]], 1), camera, self.size)
-        moved = (path - proprio[:, None]) / self.dynamics.scale
-        vector = torch.cat([(proprio - self.dynamics.mean) / self.dynamics.std, actions.flatten(1), moved.flatten(1)], -1)
-        return torch.cat([recalled.flatten(1, 2), maps], 1), self.action_embedding(vector)
+        maps = action_map(torch.cat([proprio[:, None], path[:, at]], 1), camera, self.size).unflatten(1, (-1, 5))
+        maps = F.pad(maps, (0, 0) * 3 + (cfg.memory - 1, 0))  # black on all memory frames but the last
+        steps = torch.cat([actions, (path - proprio[:, None]) / self.dynamics.scale], -1)
+        if self.training:
+            keep = torch.rand(2, len(steps), 1, 1, device=steps.device) >= cfg.condition_dropout
+            maps, steps = maps * keep[0][..., None, None], steps * keep[1]
+        known = torch.cat([recalled, repeat(recalled[:, -1], "b c h w -> b f c h w", f=cfg.frames_per_chunk)], 1)
+        return known, maps, steps, (proprio - self.dynamics.mean) / self.dynamics.std
 
-    def denoise(self, noisy, timestep, spatial, vector):
-        """The U-Net's output (`prediction`) for the scaled changes (B, F C, h, w)."""
-        return self.unet(torch.cat([noisy, spatial], 1), timestep, class_labels=vector).sample
+    def denoise(self, noisy, timestep, *conditions):
+        """The U-Net's output (`prediction`) for noisy (B, F, C, h, w) at timestep (B,)."""
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.cfg.bf16):
+            return self.denoiser(noisy, timestep, *conditions).float()
 
     @torch.no_grad()
     def predict(self, memory: Memory, proprio, action_chunk, generator=None):
         """Imagine one chunk: proprio (B, 8), LIBERO actions (B, K, 7) -> frames (B, F, 3, H, W) uint8, proprio (B, 8) at its end.
-
-        `memory` is extended in place. Every rollout draws its own noise. Raises UserError on another action width or chunk size.
-        """
+        `memory` is extended in place. Every rollout draws its own noise. Raises UserError on another action width or chunk size."""
         cfg = self.cfg
         data.require(action_chunk.shape[1:] == (cfg.chunk_size, 7), f"an action chunk has shape {tuple(action_chunk.shape[1:])}, this "
                      f"simulator was trained on {(cfg.chunk_size, 7)}; train it again with --chunk-size {action_chunk.shape[1]}")
         path = self.dynamics(proprio, memory.velocity, action_chunk)
         recalled = memory.latents[:, sparse_memory(memory.latents.shape[1], cfg.memory)]
         conditions = self.condition(recalled, proprio, action_chunk, path, memory.camera)
-        shape = len(proprio), cfg.frames_per_chunk * cfg.latent_channels, self.size, self.size
+        shape = len(proprio), cfg.frames_per_chunk, *recalled.shape[2:]
         changes = torch.randn(shape, generator=generator, device=proprio.device)
         self.scheduler.set_timesteps(cfg.sampling_steps)
         for t in self.scheduler.timesteps:
             output = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
             changes = self.scheduler.step(output, t, changes).prev_sample
-        changes = rearrange(changes, "b (f c) h w -> b f c h w", f=cfg.frames_per_chunk)
-        latents = memory.latents[:, -1:] + changes * self.change_std
+        latents = recalled[:, -1:] * cfg.residual + changes * self.change_std
         memory.latents, memory.velocity = torch.cat([memory.latents, latents], 1), path[:, -1] - path[:, -2]
         return self.decode(latents), path[:, -1]
 
@@ -271,7 +324,7 @@ class WorldSim(nn.Module):
         level = torch.rand(B, self.cfg.memory, 1, 1, 1, device=batch["proprio"].device) * 2 - 1
         level = level.clamp(min=0) * self.cfg.memory_noise  # half the memory frames stay clean (EVAC)
         recalled = batch["recalled"] + level * noise(batch["recalled"])
-        changes = ((batch["target"] - recalled[:, -1:]) / self.change_std).flatten(1, 2)
+        changes = (batch["target"] - recalled[:, -1:] * self.cfg.residual) / self.change_std
         with torch.no_grad():
             path = self.dynamics(batch["proprio"], batch["velocity"], batch["actions"])
         conditions = self.condition(recalled, batch["proprio"], batch["actions"], path, batch["camera"])
@@ -280,8 +333,7 @@ class WorldSim(nn.Module):
         timestep, epsilon = (u * 1000).long().clamp(max=999), noise(changes)
         output = self.denoise(self.scheduler.add_noise(changes, epsilon, timestep), timestep, *conditions)
         target = changes if self.cfg.prediction == "sample" else self.scheduler.get_velocity(changes, epsilon, timestep)
-        error = ((output - target) ** 2).unflatten(1, (self.cfg.frames_per_chunk, -1)) * self.change_weight
-        loss = error.mean()
+        loss = ((output - target) ** 2 * self.change_weight).mean()
         return loss, dict(video=loss.detach())
 
     def dynamics_loss(self, batch):
@@ -305,19 +357,26 @@ def load_world_sim(path, device="cpu") -> WorldSim:
 
 
 @torch.no_grad()
-def open_loop(world_sim, episode, actions=None):
-    """Replay an episode's actions (or others) from its first frame in imagination -> frames (1 + F * chunks, 3, H, W) uint8."""
-    cfg, device = world_sim.cfg, world_sim.latent_mean.device
-    actions = torch.from_numpy(episode.actions if actions is None else actions)
-    hold = actions[-1:] * torch.tensor([0, 0, 0, 0, 0, 0, 1.0])  # the last short chunk stands still
-    actions = torch.cat([actions, hold.repeat(-len(actions) % cfg.chunk_size, 1)]).to(device)
-    start = torch.from_numpy(episode.frames[:1]).to(device)
-    memory = world_sim.remember(start, torch.tensor(episode.camera, dtype=torch.float32, device=device)[None])
-    proprio, frames = torch.from_numpy(episode.proprio[:1]).to(device), [start]
-    for chunk in actions.split(cfg.chunk_size):
-        imagined, proprio = world_sim.predict(memory, proprio, chunk[None])
-        frames.append(imagined[0])
-    return torch.cat(frames).cpu().numpy()
+def replay(world_sim, episodes, actions=None):
+    """Imagine `episodes` from their first frames under their actions, or others (a list of (T, 7)), all at once -> frames
+    (B, 1 + F * chunks, 3, H, W) uint8, proprio (B, 1 + chunks, 8). Short ones stand still at their end."""
+    K, device = world_sim.cfg.chunk_size, world_sim.latent_mean.device
+    actions = [torch.from_numpy(x) for x in actions or [e.actions for e in episodes]]
+    steps, hold = -(-max(map(len, actions)) // K) * K, torch.tensor([0, 0, 0, 0, 0, 0, 1.0])
+    actions = torch.stack([torch.cat([x, (x[-1:] * hold).repeat(steps - len(x), 1)]) for x in actions]).to(device)
+    stack = lambda values: torch.from_numpy(np.stack(values)).to(device)
+    frames, proprio = [stack([e.frames[:1] for e in episodes])], [stack([e.proprio[0] for e in episodes])]
+    memory = world_sim.remember(frames[0][:, 0], stack([e.camera for e in episodes]).float())
+    for chunk in actions.split(K, 1):
+        imagined, after = world_sim.predict(memory, proprio[-1], chunk)
+        frames.append(imagined)
+        proprio.append(after)
+    return torch.cat(frames, 1).cpu().numpy(), torch.stack(proprio, 1).cpu().numpy()
+
+
+def open_loop(world_sim, episode):
+    """Replay one episode's actions in imagination -> frames (1 + F * chunks, 3, H, W) uint8."""
+    return replay(world_sim, [episode])[0][0]
 
 
 # ---- training data -------------------------------------------------------------------------------------------------------
@@ -336,9 +395,9 @@ def training_rows(episodes, cfg):
     return rows
 
 
-def make_batch(rows, latents, cfg, rng, device):
+def make_batch(rows, latents, cfg, rng, device, size):
     """Sample rows; the history begins at a random frame, as a rollout's may. Without latents only what `dynamics_loss` needs."""
-    picked = [rows[i] for i in rng.integers(len(rows), size=cfg.batch_size if latents is not None else 256)]
+    picked = [rows[i] for i in rng.integers(len(rows), size=size)]
     stack = lambda values: torch.from_numpy(np.stack(values).astype(np.float32)).to(device)
     batch = dict(proprio=stack([e.proprio[t] for e, t, *_ in picked]),
                  velocity=stack([e.proprio[t] - e.proprio[max(t - 1, 0)] for e, t, *_ in picked]),
@@ -360,14 +419,15 @@ def prepare(world_sim, frames, rows):
     cfg = world_sim.cfg
     if not cfg.vae_channels:
         world_sim.vae.fit(world_sim.fold(frames[::max(1, len(frames) // 1000)]))
-    sample = torch.cat([world_sim.encode(part) for part in frames[::4].split(64)])
+    sample = world_sim.encode(frames[::4])
     world_sim.latent_mean, world_sim.latent_std = sample.mean((0, 2, 3), keepdim=True)[0], sample.std((0, 2, 3), keepdim=True)[0]
     some = rows[::max(1, len(rows) // 500)]
     before, after = [history[-1] for _, _, history, _ in some], [target[-1] for *_, target in some]
-    change = world_sim.encode(frames[after]) - world_sim.encode(frames[before])
-    world_sim.change_std = change.std((0, 2, 3), keepdim=True)[0]
-    weight = world_sim.change_std * world_sim.latent_std
-    world_sim.change_weight = weight / weight.mean()
+    if cfg.residual:
+        change = world_sim.encode(frames[after]) - world_sim.encode(frames[before])
+        world_sim.change_std = change.std((0, 2, 3), keepdim=True)[0]
+        weight = world_sim.change_std * world_sim.latent_std
+        world_sim.change_weight = weight / weight.mean()
     proprio = np.stack([e.proprio[t] for e, t, *_ in rows])
     moved = np.stack([e.proprio[t + cfg.chunk_size] for e, t, *_ in rows]) - proprio
     dynamics = world_sim.dynamics
@@ -377,64 +437,60 @@ def prepare(world_sim, frames, rows):
 
 
 def train(cfg: Config):
-    run, device = data.run_dir(cfg), "cuda" if torch.cuda.is_available() else "cpu"
-    path, ends = run / "world_sim.pt", np.cumsum([cfg.vae_steps, cfg.dynamics_steps, cfg.steps]).tolist()
-    total = ends[-1]
+    processes, run = data.processes(), data.run_dir(cfg)
+    path, phases, device = run / "world_sim.pt", (cfg.vae_steps, cfg.dynamics_steps, cfg.steps), processes.device
     checkpoint, finished = data.resume(path, "world_sim", cfg, device)
     if finished:
-        return print(f"{path} is finished ({total} steps); delete it to train again")
+        return print(f"{path} is finished ({sum(phases)} steps); delete it to train again")
     torch.manual_seed(cfg.seed)
     episodes, held_out = data.training_episodes(cfg, cfg.image_size, cfg.demos_per_task, cfg.kinds)
     frames, rows = torch.from_numpy(np.concatenate([e.frames for e in episodes])).to(device), training_rows(episodes, cfg)
-    world_sim = WorldSim(cfg).to(device)
-    optimizer = torch.optim.AdamW(world_sim.parameters(), lr=cfg.lr, weight_decay=0.01)
-    latents = None
-    start = data.restore(checkpoint, world_sim, optimizer)
+    world_sim, latents, looks = WorldSim(cfg).to(device), [], (held_out or episodes)[::max(1, len(held_out or episodes) // 3)][:3]
+    if cfg.pretrained and not checkpoint:
+        data.beside("load_text_to_video")(world_sim)
+    optimizer = torch.optim.AdamW([dict(params=list(world_sim.parameters()), peak=cfg.lr)], lr=cfg.lr, weight_decay=0.01, fused=True)
     count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    print(f"world_sim: VAE {count(world_sim.vae):.1f} M, U-Net {count(world_sim.unet):.1f} M parameters, {len(episodes)} episodes, "
-          f"{len(frames)} frames, {len(rows)} chunks ({len(held_out)} episodes held out), steps {start} to {total}")
-    began = time.time()
-    for step in (bar := trange(start, total, initial=start, total=total, desc="world_sim", mininterval=2)):
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # a step's randomness depends on its number alone: resuming is exact
-        rng = np.random.default_rng((cfg.seed, step))
-        phase = sum(step >= end for end in ends)  # 0: VAE, 1: dynamics, 2: U-Net
-        if step == ends[0]:
-            prepare(world_sim, frames, rows)
-        if phase == 2 and latents is None:
-            with torch.no_grad():
-                latents = torch.cat([world_sim.encode(part) for part in frames.split(64)])
-        length = (cfg.vae_steps, cfg.dynamics_steps, cfg.steps)[phase]
-        begin = ends[phase] - length
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1, (step - begin + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * (step - begin) / length))
+    print(f"world_sim: VAE {count(world_sim.vae):.1f} M, U-Net {count(world_sim.denoiser):.1f} M parameters, {len(episodes)} episodes, "
+          f"{len(frames)} frames, {len(rows)} chunks ({len(held_out)} episodes held out), {sum(phases)} steps")
+
+    def loss_of(phase, step):
+        world_sim.train()
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * 64 + processes.process_index)  # every process its own noise
+        rng = np.random.default_rng((cfg.seed, step, processes.process_index))
         if phase == 0:
-            loss, metrics = world_sim.vae_loss(frames[torch.from_numpy(rng.integers(len(frames), size=cfg.vae_batch)).to(device)])
-        else:
-            loss, metrics = (world_sim.dynamics_loss if phase == 1 else world_sim.loss)(make_batch(rows, latents, cfg, rng, device))
-        optimizer.zero_grad(set_to_none=True)  # parameters without gradient are skipped by AdamW: the VAE is frozen later
-        loss.backward()
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(world_sim.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 20 == 0 or step + 1 in ends:
-            bar.set_postfix({k: f"{float(v):.3f}" for k, v in metrics.items()})
-            data.log(run, "world_sim", step + 1, metrics)
-        if (step + 1) % cfg.save_every == 0 or step + 1 in ends:
-            data.save_checkpoint(path, "world_sim", cfg, world_sim, optimizer=optimizer.state_dict(), step=step + 1,
-                                 finished=step + 1 == total, metrics={k: float(v) for k, v in metrics.items()})
-    world_sim.eval()
-    for episode in (held_out or episodes)[:3]:
-        save_strip(run / f"world_sim_{episode.task}_{episode.index}.png", world_sim, episode)
-    print(f"wrote {path} after {time.time() - began:.0f} s")
+            return world_sim.vae_loss(frames[torch.from_numpy(rng.integers(len(frames), size=cfg.batch_size)).to(device)])
+        if step == cfg.vae_steps:
+            prepare(world_sim, frames, rows)
+        if phase == 1:
+            return world_sim.dynamics_loss(make_batch(rows, None, cfg, rng, device, 256))
+        if not latents:
+            latents.append(world_sim.encode(frames))
+        return world_sim.loss(make_batch(rows, latents[0], cfg, rng, device, -(-cfg.batch_size // processes.num_processes)))
+
+    @torch.no_grad()
+    def look(step):  # at held-out episodes: the loss of their chunks, and pictures
+        if step <= cfg.vae_steps + cfg.dynamics_steps:
+            return {}
+        world_sim.eval()
+        for episode in looks:
+            save_strip(run / f"world_sim_{episode.task}_{episode.index}.png", world_sim, episode)
+        torch.manual_seed(0)
+        seen = world_sim.encode(torch.from_numpy(np.concatenate([e.frames for e in looks])).to(device))
+        batch = make_batch(training_rows(looks, cfg), seen, cfg, np.random.default_rng(0), device, 64)
+        return dict(held_out=world_sim.loss(batch)[0])
+
+    data.fit(cfg, "world_sim", world_sim, optimizer, checkpoint, phases, loss_of, look)
 
 
 def save_strip(path, world_sim, episode, columns=10):
-    """Chunk ends of an episode: real above, imagined from its first frame and its actions below."""
+    """Chunk ends of an episode: real above, below imagined from its first frame and its actions, and their difference."""
     import imageio
     gap = world_sim.cfg.chunk_size
     imagined = open_loop(world_sim, episode)[::world_sim.cfg.frames_per_chunk]
     real = {int(s) // gap: f for s, f in zip(episode.frame_steps, episode.frames) if s % gap == 0}
     shown = sorted(real)[::max(1, -(-len(real) // columns))]
-    strip = np.concatenate([np.concatenate([real[i] for i in shown], -1), np.concatenate([imagined[i] for i in shown], -1)], 1)
+    real, imagined = np.concatenate([real[i] for i in shown], -1), np.concatenate(list(imagined[shown]), -1)
+    strip = np.concatenate([real, imagined, abs(real.astype(int) - imagined).astype(np.uint8)], 1)
     with data.atomic(path) as part:
         imageio.imwrite(part, np.moveaxis(strip, 0, -1))
 

@@ -9,6 +9,10 @@ control steps   Control steps per wall-clock second of whole LIBERO episodes (re
 The policy is `tiny` with random weights: what a query costs does not depend on them.
 frames          Rendered frames per second of CPU time, with LIBERO's own meshes and as data.py thins them.
 
+imagination     Control steps per second that `tiny` imagines with all cores, in batches of 8 and 32 rollouts (16 chunks, decoded), with
+                random weights; beside it what LIBERO does on the same cores, one process each, with a render per chunk and with
+                one per step, and the ratios.
+
 To add a section, write a function `cfg -> (header, rows of text)` and name it in SECTIONS.
 """
 import os
@@ -29,6 +33,7 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import policy as policy_script  # noqa: E402
+import world_sim as world_sim_script  # noqa: E402
 
 
 @dataclass
@@ -98,6 +103,43 @@ def control_steps(cfg: Config):
     return f"{'processes':>9s} {'a render per chunk':>24s} {'a render per step':>24s} {'ratio':>9s} {'build env (s)':>16s}", rows
 
 
+# ---- imagined control steps per second --------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def imagine(world_sim, task, B, chunks=16):
+    """Control steps per second of B rollouts under random actions, after a chunk that is not timed."""
+    cfg, device = world_sim.cfg, world_sim.latent_mean.device
+    frames = torch.randint(0, 256, (B, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=device)
+    proprio = torch.tensor([-0.2, 0, 1.1, 3.1, 0, 0, 0.04, -0.04], device=device).repeat(B, 1)
+    memory = world_sim.remember(frames, torch.tensor(task.camera, dtype=torch.float32, device=device).expand(B, 3, 4))
+    for chunk in range(chunks + 1):
+        began = time.perf_counter() if chunk < 2 else began
+        shown, _ = world_sim.predict(memory, proprio, torch.rand(B, cfg.chunk_size, 7, device=device) * 2 - 1)
+        shown.cpu()  # wait for the device
+    return B * cfg.chunk_size * chunks / (time.perf_counter() - began)
+
+
+def imagination(cfg: Config):
+    pools, rates = [data.process_pool(1) for _ in range(os.cpu_count())], {}
+    together = lambda *args: [job.result()[0] for job in [pool.submit(episode, cfg, *args) for pool in pools]]
+    for per_step in (False, True):
+        together(per_step, 0, 8)
+        began = time.perf_counter()
+        rates[per_step] = sum(together(per_step, 0, cfg.steps)) / (time.perf_counter() - began)
+    for pool in pools:
+        pool.shutdown()
+    torch.set_num_threads(os.cpu_count())
+    torch.manual_seed(0)
+    world_sim, rows = world_sim_script.WorldSim(world_sim_script.PRESETS["tiny"]).eval(), []
+    for B in (8, 32):
+        speeds = [imagine(world_sim, data.parse_tasks(cfg.tasks)[0], B) for _ in range(cfg.rounds)]
+        speed = statistics.median(speeds)
+        rows.append(f"{B:9d} {speed:10.1f} [{min(speeds):6.1f}, {max(speeds):6.1f}] {rates[False]:14.1f} {speed / rates[False]:7.1f}x "
+                    f"{rates[True]:14.1f} {speed / rates[True]:7.1f}x")
+    torch.set_num_threads(1)
+    return f"{'batch':>9s} {'imagined':>10s} {'':16s} {'LIBERO, chunk':>14s} {'':8s} {'LIBERO, step':>14s}", rows
+
+
 # ---- frames per second -----------------------------------------------------------------------------------------------------
 
 def frames(cfg: Config, image_size=128, views=20):
@@ -121,7 +163,8 @@ def frames(cfg: Config, image_size=128, views=20):
     return f"{'':16s} {'stock':>10s} {'thinned':>10s} {'difference/255':>15s}", rows
 
 
-SECTIONS = {"control steps per second, mean [slowest, fastest round]": control_steps, "frames per second of CPU time": frames}
+SECTIONS = {"control steps per second, mean [slowest, fastest round]": control_steps,
+            "imagined control steps per second, median [slowest, fastest round]": imagination, "frames per second of CPU time": frames}
 
 
 def main(cfg: Config):

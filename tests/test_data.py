@@ -20,6 +20,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 import data
+import world_sim
 from conftest import ROOT, make_episode, write_foreign
 
 CLOSE, OPEN = np.array([[0, 0, 0, 0, 0, 0, 1]] * 8, np.float32), np.array([[0, 0, 0, 0, 0, 0, -1]] * 8, np.float32)
@@ -86,8 +87,8 @@ def where(env, prefix):
 
 
 def check_camera(env):
-    """Task.camera agrees with robosuite's own matrix up to orient()'s mirrored columns, and the grip site lands on the gripper in
-    the picture."""
+    """Task.camera agrees with robosuite's own matrix up to orient()'s mirrored columns, and the grip site, projected and drawn by
+    `world_sim.action_map`, lands on the gripper in the picture."""
     from robosuite.utils.camera_utils import get_camera_transform_matrix
     points = np.random.default_rng(0).uniform([-0.3, -0.3, 0.1], [0.3, 0.3, 1.2], (50, 3))
     points = np.concatenate([points, np.ones((50, 1))], 1).T
@@ -98,6 +99,9 @@ def check_camera(env):
     fingers = np.concatenate([where(env, "gripper0_leftfinger"), where(env, "gripper0_rightfinger")])
     assert len(fingers) > 10
     assert (fingers.min(0) - 0.01 < [v / depth, u / depth]).all() and ([v / depth, u / depth] < fingers.max(0) + 0.01).all()
+    drawn = world_sim.action_map(torch.tensor(env.proprio())[None, None], torch.tensor(env.task.camera, dtype=torch.float32)[None], 24)[0, 0]
+    row, column = (np.array(divmod(int(drawn.argmax()), 24)) + 0.5) / 24
+    assert drawn.max() > 0.4 and abs(fingers - [row, column]).max(1).min() < 0.7 / 24  # the brightest of 24 x 24 cells shows a finger
     robot = where(env, "robot0_link0")
     assert not len(robot) or robot[:, 0].mean() < 0.35  # the base is at the top, as in the published data
 
@@ -110,10 +114,9 @@ def test_camera_on_the_tabletop(env):
     check_camera(env)
 
 
-@pytest.mark.parametrize("scene", ["floor", "kitchen", "living_room", "study"])
+@pytest.mark.parametrize("scene", ["spatial:0", "object:0", "kitchen", "living_room", "study"])
 def test_camera_in_the_other_scenes_and_no_environment_disturbs_the_other(env, scene):
-    tasks = data.parse_tasks("object:0" if scene == "floor" else "long")
-    task = next(task for task in tasks if scene == "floor" or scene in task.name.lower())
+    task = next(task for task in data.parse_tasks(scene if ":" in scene else "long") if ":" in scene or scene in task.name.lower())
     env.reset(0)
     before = env.render()
     other = data.LiberoEnv(task, 64)
@@ -519,10 +522,10 @@ if __name__ == "__main__":
             data.write_libero_hdf5(path, make_episode(index=i, size=32), task.suite)
     monkeypatch.setattr(data, "_render_task", render)
     monkeypatch.setattr(data, "process_pool", lambda workers: ThreadPoolExecutor(1))
-    found = data.render_demos(tmp_path, stove, 32, 6, wrist=True)
+    found = data.beside("render_demos")(tmp_path, stove, 32, 6, wrist=True)
     assert sorted(asked) == sorted(set(range(6)) - set(kept)) and list(found["turn_on_the_stove", "expert"].values()) == files()
     assert all(path.stat().st_mtime_ns == kept.get(int(path.stem[5:]), path.stat().st_mtime_ns) for path in files())
-    data.render_demos(tmp_path, stove, 32, 6, wrist=True)
+    data.beside("render_demos")(tmp_path, stove, 32, 6, wrist=True)
     assert len(asked) == 6 - len(kept)  # nothing is left to render
 
 

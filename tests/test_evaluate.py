@@ -135,6 +135,64 @@ def test_reflector_report_counts_false_stops_and_delay():
     assert evaluate.evaluate_reflector(stub, episodes, threshold=0.95)["found_rate"] == 0
 
 
+def test_ssim_knows_equal_noisy_and_unrelated_frames():
+    rng = np.random.default_rng(0)
+    frame = np.kron(rng.integers(0, 256, (3, 8, 8)), np.ones((8, 8))).astype(np.uint8)
+    noisy = np.clip(frame + rng.normal(0, 20, frame.shape), 0, 255).astype(np.uint8)
+    values = [evaluate.ssim(frame, other) for other in (frame, noisy, frame[:, ::-1].copy())]
+    assert values[0] == pytest.approx(1) and 0.3 < values[1] < 0.95 and values[2] < values[1]
+    flat = np.full((3, 32, 32), 100, np.uint8)  # only the means differ: (2 a b + c) / (a^2 + b^2 + c)
+    c = (0.01 * 255) ** 2
+    assert evaluate.ssim(flat, flat + 50) == pytest.approx((2 * 100 * 150 + c) / (100 ** 2 + 150 ** 2 + c), abs=1e-5)
+
+
+def simulator(frames_of):
+    """A simulator of chunks of 8 whose imagined frames of an episode are `frames_of(episode, actions, number of chunks)`."""
+    def replay(_, episodes, actions=None):
+        actions = actions or [e.actions for e in episodes]
+        chunks = -(-max(map(len, actions)) // 8)
+        frames = np.stack([frames_of(e, a, chunks) for e, a in zip(episodes, actions)])
+        return frames, np.stack([np.concatenate([e.proprio[::8], np.repeat(e.proprio[-1:], 40, 0)])[:chunks + 1] + 0.003 for e in episodes])
+    return SimpleNamespace(cfg=SimpleNamespace(chunk_size=8, frames_per_chunk=1)), replay
+
+
+def test_world_sim_report_compares_with_the_frame_of_the_same_step(monkeypatch):
+    """A perfect simulator whose picture changes only where it is given the real actions."""
+    def frames_of(episode, actions, chunks):
+        real = np.concatenate([episode.frames[::2], np.repeat(episode.frames[-1:], chunks, 0)])[:chunks + 1]
+        return real if np.array_equal(actions, episode.actions) else np.repeat(real[:1], chunks + 1, 0)
+    stub, replay = simulator(frames_of)
+    monkeypatch.setattr(evaluate, "replay", replay)
+    episodes = [make_episode(T=24, seed=0, index=4), make_episode(T=16, seed=1, index=9)]
+    result = evaluate.evaluate_world_sim(stub, episodes, horizons=(8, 24, 64))
+    assert result["psnr_imagined_8"] > 60 and result["ssim_imagined_24"] == pytest.approx(1) and not any(key.endswith("_64") for key in result)
+    for other in ("shuffled", "still"):
+        assert result[f"psnr_{other}_8"] == pytest.approx(result["psnr_frozen_8"]) and result["psnr_frozen_8"] < 15
+    assert result["drift_mm_8"] == pytest.approx(3 * 3 ** 0.5, rel=1e-3) and result["drift_degrees_24"] == pytest.approx(np.degrees(0.003 * 3 ** 0.5), rel=1e-2)
+
+
+def test_stability_measures_the_last_frame_after_304_steps(monkeypatch):
+    fade = lambda episode, actions, chunks: np.stack([128 + (episode.frames[0].astype(float) - 128) * (1 - i / 76) for i in range(chunks + 1)]).astype(np.uint8)
+    stub, replay = simulator(fade)
+    monkeypatch.setattr(evaluate, "replay", replay)
+    result = evaluate.stability(stub, [make_episode(T=24)])
+    assert result["contrast_304"] == pytest.approx(0.5, abs=0.02) and result["sharpness_304"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_success_agreement_and_its_kappa(monkeypatch):
+    """Episodes 0, 1 succeed and 2, 3 fail; the imagined frames of 0 and 2 look like success, the real ones tell the truth."""
+    episodes = [dataclasses.replace(make_episode(T=16, index=i, success_from=9 if i < 2 else None)) for i in range(4)]
+    for episode in episodes:
+        episode.frames[:] = 0
+        episode.frames[-1] = 255 * episode.success.any()
+    stub, replay = simulator(lambda e, actions, chunks: np.repeat(np.full((1, 3, 32, 32), 255 * (e.index in (0, 2)), np.uint8), chunks + 1, 0))
+    monkeypatch.setattr(evaluate, "replay", replay)
+    judge = SimpleNamespace(cfg=SimpleNamespace(min_steps=0, patience=1), threshold=torch.tensor(0.5), score=lambda e: e.frames.mean((1, 2, 3)) / 255)
+    result = evaluate.success_agreement(stub, judge, episodes)
+    assert result == dict(agreement=0.5, kappa=0.0, episodes=4, successes=2, found=1, invented=1, agreement_on_real_frames=1.0)
+    assert evaluate.success_agreement(stub, judge, [episodes[0], episodes[3]])["kappa"] == 1
+
+
 def test_each_real_episode_is_judged_on_its_own(tokenizer, tmp_path, monkeypatch):
     """Scores of one episode do not count towards `min_steps` or `patience` of the next one in the same worker."""
     cfg = dataclasses.replace(reflector.PRESETS["smoke"], min_steps=2)

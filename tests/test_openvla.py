@@ -302,7 +302,7 @@ def test_two_processes_train_what_one_trains(demos):
     two = train(demos, "--run", "two", *vit, launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2", "--"))  # `accelerate launch --cpu` starts one
     assert one.returncode == 0 and two.returncode == 0, one.stderr[-1500:] + two.stderr[-3000:]
     a, b = (torch.load(demos / "runs" / name / "policy_sft.pt", weights_only=True) for name in ("one", "two"))
-    assert len((demos / "runs" / "two" / "policy.jsonl").read_text().splitlines()) == 1  # only the first process writes
+    assert len((demos / "runs" / "two" / "policy.jsonl").read_text().splitlines()) == 2  # a line at the end of each phase: only the first process writes
     torch.manual_seed(0)
     start = script.Policy(data.from_config(script.Config, a["config"]), script.load_tokenizer(a["tokenizer"])).state_dict()
     flat = lambda model: torch.cat([model[n].double().flatten() for n in start if not n.endswith("_bounds")])

@@ -48,7 +48,8 @@ def test_one_command_leaves_every_artifact(smoke_run):
 
 def test_results_carry_their_protocol(smoke_run):
     result, gap = (json.loads((smoke_run.run / name).read_text()) for name in ("results.json", "report.json"))
-    assert set(result["policies"]) == {"policy_sft", "policy_rl"} and set(gap) == {"world_sim", "reflector"}
+    assert set(result["policies"]) == {"policy_sft", "policy_rl"} and set(gap) == {"world_sim", "reflector", "agreement"}
+    assert gap["agreement"]["episodes"] == gap["reflector"]["episodes"] == 2 and {"psnr_imagined_8", "psnr_still_8", "ssim_frozen_8", "drift_mm_8", "contrast_304"} <= set(gap["world_sim"])
     for rows in result["policies"].values():
         assert set(rows["tasks"]) == {"libero_goal:1", "libero_goal:7"} and rows["trials"] == 2 == sum(row["trials"] for row in rows["tasks"].values())
         assert rows["interval"] == pytest.approx(evaluate.wilson_interval(rows["successes"], 2)) and len(rows["demos"]) == 4

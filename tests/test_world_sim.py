@@ -41,6 +41,9 @@ def test_sparse_memory_is_first_thirds_and_last():
     assert all(script.sparse_memory(n, 4)[0] == 0 and script.sparse_memory(n, 4)[-1] == n - 1 and np.diff(script.sparse_memory(n, 4)).min() >= 0 for n in range(1, 40))
 
 
+VIDEO = dataclasses.replace(CFG, video_unet=True)
+
+
 def test_zero_terminal_snr_sampled_from_pure_noise(world_sim):
     world_sim.scheduler.set_timesteps(CFG.sampling_steps)
     assert world_sim.scheduler.alphas_cumprod[-1] == 0 and world_sim.scheduler.timesteps[0] == 999
@@ -51,32 +54,34 @@ def exact_output(world_sim, x0, noisy, timestep):
     """What a perfect U-Net answers when `noisy` came from x0: x0 itself, or the v of the noise between them."""
     if world_sim.cfg.prediction == "sample":
         return x0
-    a = world_sim.scheduler.alphas_cumprod[timestep.long()].view(-1, 1, 1, 1)
+    a = world_sim.scheduler.alphas_cumprod[timestep.long()].view(-1, 1, 1, 1, 1)
     return a.sqrt() * (noisy - a.sqrt() * x0) / (1 - a).sqrt() - (1 - a).sqrt() * x0
 
 
 @pytest.mark.parametrize("sampling_steps", [1, 3])
+@pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_a_perfect_denoiser_gives_back_the_frames(camera, prediction, sampling_steps, monkeypatch):
-    world_sim = script.WorldSim(dataclasses.replace(CFG, prediction=prediction, sampling_steps=sampling_steps)).eval()
+def test_a_perfect_denoiser_gives_back_the_frames(camera, prediction, residual, sampling_steps, monkeypatch):
+    world_sim = script.WorldSim(dataclasses.replace(CFG, prediction=prediction, sampling_steps=sampling_steps, residual=residual)).eval()
     world_sim.change_std.fill_(0.5)
     memory, proprio, actions = start(world_sim, camera)
-    x0 = 4 * torch.randn(2, F * CFG.latent_channels, world_sim.size, world_sim.size)  # beyond [-1, 1]: nothing may clip
+    x0 = 4 * torch.randn(2, F, CFG.latent_channels, world_sim.size, world_sim.size)  # beyond [-1, 1]: nothing may clip
     monkeypatch.setattr(world_sim, "denoise", lambda noisy, timestep, *conditions: exact_output(world_sim, x0, noisy, timestep))
-    last = memory.latents[:, -1:].clone()
+    last = memory.latents[:, -1:].clone() * residual
     world_sim.predict(memory, proprio, actions)
-    torch.testing.assert_close(memory.latents[:, 1:], last + 0.5 * x0.unflatten(1, (F, -1)), atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(memory.latents[:, 1:], last + 0.5 * x0, atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_a_perfect_denoiser_has_no_loss_whatever_the_noise_on_memory(camera, prediction, monkeypatch):
-    """What `loss` trains is what `predict` integrates: the change of the chunk's frames from the last frame that it was shown."""
-    world_sim = script.WorldSim(dataclasses.replace(CFG, prediction=prediction))
-    batch, C = make_training_batch(world_sim, camera), CFG.latent_channels
+def test_a_perfect_denoiser_has_no_loss_whatever_the_noise_on_memory(camera, prediction, residual, monkeypatch):
+    """What `loss` trains is what `predict` integrates: the chunk's frames, or their change from the last frame that it was shown."""
+    world_sim = script.WorldSim(dataclasses.replace(CFG, prediction=prediction, residual=residual))
+    batch = make_training_batch(world_sim, camera)
 
-    def denoise(noisy, timestep, spatial, vector):
-        shown = spatial[:, None, (CFG.memory - 1) * C:CFG.memory * C]
-        return exact_output(world_sim, ((batch["target"] - shown) / world_sim.change_std).flatten(1, 2), noisy, timestep)
+    def denoise(noisy, timestep, known, *_):
+        assert torch.equal(known[:, CFG.memory:], known[:, CFG.memory - 1:CFG.memory].expand(-1, F, -1, -1, -1))
+        return exact_output(world_sim, (batch["target"] - known[:, -1:] * residual) / world_sim.change_std, noisy, timestep)
 
     assert world_sim.loss(batch)[1]["video"] > 0.1
     monkeypatch.setattr(world_sim, "denoise", denoise)
@@ -130,7 +135,8 @@ def test_each_frame_of_a_chunk_is_shown_the_pose_after_its_own_actions(world_sim
     memory, proprio, actions = start(world_sim, camera)
     path = proprio[:, None].repeat(1, K, 1)
     recalled = memory.latents[:, [0] * CFG.memory]
-    maps = lambda path: world_sim.condition(recalled, proprio, actions, path, memory.camera)[0][:, -5 * (F + 1):].unflatten(1, (F + 1, 5))
+    maps = lambda path: world_sim.condition(recalled, proprio, actions, path, memory.camera)[1][:, CFG.memory - 1:]
+    assert world_sim.condition(recalled, proprio, actions, path, memory.camera)[1][:, :CFG.memory - 1].abs().max() == 0
     for step in range(K):
         moved = path.clone()
         moved[:, step, 1] += 0.2
@@ -168,6 +174,86 @@ def test_open_loop_gives_the_first_frame_and_F_frames_a_chunk(world_sim):
     episode = make_episode(T=2 * K + 3)
     frames = script.open_loop(world_sim, episode)
     assert frames.shape == (1 + 3 * F, 3, 32, 32) and frames.dtype == np.uint8 and np.array_equal(frames[0], episode.frames[0])
+
+
+def test_replaying_together_is_replaying_alone(world_sim, monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda *shape, **kwargs: torch.ones(*shape))
+    episodes = [make_episode(T=2 * K + 3, seed=1), make_episode(T=K, seed=2)]
+    frames, proprio = script.replay(world_sim, episodes)
+    assert frames.shape == (2, 1 + 3 * F, 3, 32, 32) and proprio.shape == (2, 4, 8)
+    for b, (episode, shown) in enumerate(zip(episodes, (1 + 3 * F, 1 + F))):
+        alone = script.open_loop(world_sim, episode)
+        assert len(alone) == shown and abs(alone.astype(int) - frames[b, :shown]).max() <= 1
+    other = script.replay(world_sim, episodes, [-e.actions for e in episodes])
+    assert np.array_equal(other[0][:, 0], frames[:, 0]) and not np.array_equal(other[0], frames) and not np.allclose(other[1], proprio)
+
+
+# ---- conditions and the two U-Nets -----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_the_video_unet_sees_latents_condition_mask_and_map_of_each_frame(camera, monkeypatch):
+    torch.manual_seed(0)
+    world_sim, seen = script.WorldSim(VIDEO).eval(), []
+    forward = world_sim.denoiser.unet.forward
+    monkeypatch.setattr(world_sim.denoiser.unet, "forward", lambda x, t, encoder_hidden_states: seen.append((x, encoder_hidden_states)) or forward(x, t, encoder_hidden_states))
+    batch, M, C = make_training_batch(world_sim, camera), CFG.memory, CFG.latent_channels
+    conditions = world_sim.condition(batch["recalled"], batch["proprio"], batch["actions"], batch["path"], batch["camera"])
+    noisy = torch.randn_like(batch["target"])
+    out = world_sim.denoise(noisy, torch.tensor([999, 5]), *conditions)
+    x, tokens = seen[0][0].transpose(1, 2), seen[0][1]
+    assert out.shape == noisy.shape and x.shape == (2, M + F, 2 * C + 6, world_sim.size, world_sim.size) and tokens.shape == (2, 1 + K, CFG.hidden)
+    assert torch.equal(x[:, M:, :C], noisy) and torch.equal(x[:, :M, :C], batch["recalled"]) and torch.equal(x[:, :M, C:2 * C], batch["recalled"])
+    assert torch.equal(x[:, M:, C:2 * C], batch["recalled"][:, -1:].expand_as(noisy))
+    assert (x[:, :M, 2 * C] == 1).all() and (x[:, M:, 2 * C] == 0).all() and torch.equal(x[:, :, 2 * C + 1:], conditions[1])
+    for changed in (0, 1, 2, 3):  # every condition counts
+        other = [value + 0.5 * (i == changed) for i, value in enumerate(conditions)]
+        assert not torch.allclose(world_sim.denoise(noisy, torch.tensor([999, 5]), *other), out, atol=1e-6), changed
+
+
+def test_conditions_are_dropped_in_training_only(world_sim, camera):
+    world_sim.cfg = dataclasses.replace(CFG, condition_dropout=0.5)
+    batch = make_training_batch(world_sim, camera, B=64)
+    conditions = lambda: world_sim.condition(batch["recalled"], batch["proprio"], batch["actions"], batch["path"], batch["camera"])
+    known, maps, steps, _ = conditions()
+    assert maps.flatten(1).any(1).all() and steps.flatten(1).any(1).all()
+    world_sim.train()
+    same, dropped_maps, dropped_steps, _ = conditions()
+    kept = [(x.flatten(1) != 0).any(1) for x in (dropped_maps, dropped_steps)]
+    assert torch.equal(same, known) and all(15 < k.sum() < 49 for k in kept) and not torch.equal(*kept)
+    assert torch.equal(dropped_maps[kept[0]], maps[kept[0]]) and torch.equal(dropped_steps[kept[1]], steps[kept[1]])
+
+
+def test_a_published_text_to_video_model_loads_and_what_it_lacks_starts_at_zero(tmp_path, camera):
+    torch.manual_seed(1)
+    source = script.WorldSim(VIDEO)
+    source.denoiser.unet.register_to_config(in_channels=CFG.latent_channels)
+    source.denoiser.unet.conv_in = torch.nn.Conv2d(CFG.latent_channels, CFG.channels[0], 3, padding=1)
+    source.denoiser.unet.save_pretrained(tmp_path / "unet")
+    source.vae.save_pretrained(tmp_path / "vae")
+    world_sim = script.WorldSim(dataclasses.replace(VIDEO, pretrained=str(tmp_path)))
+    load = data.beside("load_text_to_video")
+    load(world_sim)
+    ours, theirs = world_sim.denoiser.unet.state_dict(), source.denoiser.unet.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name != "conv_in.weight")
+    assert torch.equal(ours["conv_in.weight"][:, :CFG.latent_channels], theirs["conv_in.weight"]) and ours["conv_in.weight"][:, CFG.latent_channels:].abs().max() == 0
+    assert all(torch.equal(a, b) for a, b in zip(world_sim.vae.state_dict().values(), source.vae.state_dict().values()))
+    for cfg in (dataclasses.replace(VIDEO, pretrained=str(tmp_path / "none")), dataclasses.replace(VIDEO, pretrained=str(tmp_path), channels=(16, 48))):
+        with pytest.raises(data.UserError, match="--preset paper"):
+            load(script.WorldSim(cfg))
+
+
+def test_paper_has_the_published_names_and_shapes():
+    """diffusers' defaults are the published configuration of ali-vilab/text-to-video-ms-1.7b; the VAE is Stable Diffusion's."""
+    from diffusers import AutoencoderKL, UNet3DConditionModel
+    with torch.device("meta"):
+        world_sim, unet = script.WorldSim(script.PRESETS["paper"]), UNet3DConditionModel(sample_size=32)
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                            up_block_types=("UpDecoderBlock2D",) * 4)
+    shapes = lambda module: {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    assert shapes(world_sim.vae) == shapes(vae)
+    ours, theirs = shapes(world_sim.denoiser.unet), shapes(unet)
+    assert ours.pop("conv_in.weight") == (320, 14, 3, 3) and theirs.pop("conv_in.weight") == (320, 4, 3, 3) and ours == theirs
+    assert 1.40e9 < sum(p.numel() for p in unet.parameters()) < 1.42e9
 
 
 # ---- dynamics and action map ---------------------------------------------------------------------------------------------
@@ -228,14 +314,14 @@ def test_action_map_is_black_when_the_gripper_is_out_of_view(camera):
 # ---- learning ------------------------------------------------------------------------------------------------------------
 
 def test_training_rows_pair_frames_actions_and_path():
-    cfg = dataclasses.replace(CFG, batch_size=64)
+    cfg = CFG
     episodes = [make_episode(T=30, seed=0), make_episode(T=22, seed=1)]
     rows, shown = script.training_rows(episodes, cfg), np.concatenate([e.frame_steps for e in episodes])
     assert {(e.actions.shape[0], t) for e, t, *_ in rows} == {(30, t) for t in range(0, 23, 4)} | {(22, t) for t in range(0, 13, 4)}
     for _, t, history, target in rows:
         assert shown[history].tolist() == list(range(0, t + 1, 4)) and shown[target].tolist() == [t + 4, t + 8]
     latents = torch.arange(len(shown)).float().view(-1, 1, 1, 1).expand(-1, CFG.latent_channels, 4, 4)
-    batch = script.make_batch(rows, latents, cfg, np.random.default_rng(0), "cpu")
+    batch = script.make_batch(rows, latents, cfg, np.random.default_rng(0), "cpu", 64)
     assert batch["recalled"].shape == (64, CFG.memory, CFG.latent_channels, 4, 4) and batch["target"].shape[1] == F
     for recalled, target, proprio, velocity, actions, path in zip(*(batch[key].numpy() for key in ("recalled", "target", "proprio", "velocity", "actions", "path"))):
         episode = episodes[int(target[0, 0, 0, 0] >= len(episodes[0].frames))]
@@ -293,7 +379,10 @@ def test_the_linear_vae_keeps_what_varies():
     assert error[0] < 1e-4 < error[1] < error[2] < frames.float().div(127.5).var()
 
 
-def test_the_unet_overfits_one_batch(world_sim, camera):
+@pytest.mark.parametrize("cfg", [CFG, VIDEO], ids=["stacked", "video"])
+def test_the_unet_overfits_one_batch(cfg, camera):
+    torch.manual_seed(0)
+    world_sim = script.WorldSim(cfg).eval()  # eval: no condition is dropped
     batch = make_training_batch(world_sim, camera)
     before, after = descend(world_sim, lambda: world_sim.loss(batch))
     assert after < before / 5
