@@ -32,6 +32,9 @@ from torch import nn
 import data
 
 
+REST = [0.0, 0, 0, 0, 0, 0, -1]  # the action before an episode begins: stay, hand open
+
+
 @dataclass
 class Config:
     tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2
@@ -48,7 +51,7 @@ class Config:
     pretrained: str = ""  # name or directory of a published text-to-video model; its sizes are preset paper's
     patch: int = 8  # pixels per side folded into channels before the VAE
     vae_channels: tuple[int, ...] = ()  # per level of a convolutional VAE, each after the first halving the size; empty: linear VAE
-    latent_channels: int = 24  # C
+    latent_channels: int = 32  # C
     video_unet: bool = False  # U-Net over frames with attention to action tokens (EVAC) instead of 2-D with frames as channels
     channels: tuple[int, ...] = (64, 128)  # of the denoising U-Net, per level
     hidden: int = 256  # width of action tokens (or their embedding) and of the proprio residual
@@ -61,7 +64,7 @@ class Config:
     shift: float = 4.0  # other samples: timesteps shifted towards high noise
     sampling_steps: int = 3  # DDIM steps; EVAC: 27
     vae_steps: int = 0  # gradient steps of a convolutional VAE; the linear one is solved in closed form
-    dynamics_steps: int = 3000  # then gradient steps of the proprio residual, milliseconds each
+    dynamics_steps: int = 4000  # then gradient steps of the proprio residual, milliseconds each
     steps: int = 6000  # then gradient steps of the U-Net
     batch_size: int = 16  # B, chunks of all processes together; frames per VAE step
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay, for each of these phases
@@ -91,19 +94,21 @@ class Memory:
     latents: torch.Tensor  # (B, n, C, h, w) every frame since the start, in order
     camera: torch.Tensor   # (B, 3, 4) world -> image, `Task.camera`
     velocity: torch.Tensor  # (B, 8) change of proprio in the last control step
+    action: torch.Tensor    # (B, 7) the last one
 
     def select(self, rows):
-        return Memory(self.latents[rows], self.camera[rows], self.velocity[rows])
+        return Memory(self.latents[rows], self.camera[rows], self.velocity[rows], self.action[rows])
 
 
 class Dynamics(nn.Module):
-    """Proprio after each action: the OSC controller's goal reached in part, plus a learned residual. Lengths in m, angles in rad.
-    The controller lags, so the residual is told how fast the arm already moves."""
+    """Proprio after each action: the OSC controller as a damped spring, plus a learned residual of each chunk. Lengths in m, angles
+    in rad. The controller lags: what the arm does next depends on how fast it moves and on what it was told before."""
 
     def __init__(self, chunk_size, hidden):
         super().__init__()
-        self.gain = nn.Parameter(torch.tensor([0.7, 0.7, 0.3]))  # of the commanded step: position, rotation, gripper
-        self.residual = nn.Sequential(nn.Linear(16 + chunk_size * 7, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+        self.chunk_size = chunk_size
+        self.gain = nn.Parameter(torch.tensor([[0.6] * 6 + [0.3] * 2, [0.1] * 8, [0.02] * 6 + [0.0] * 2]))
+        self.residual = nn.Sequential(nn.Linear(23 + chunk_size * 7, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                                       nn.Linear(hidden, chunk_size * 8))
         nn.init.zeros_(self.residual[-1].weight)
         nn.init.zeros_(self.residual[-1].bias)
@@ -111,22 +116,32 @@ class Dynamics(nn.Module):
         self.register_buffer("std", torch.ones(8))    # of proprio
         self.register_buffer("scale", torch.ones(8))  # of its change over a chunk
 
-    def analytic(self, proprio, actions):
-        """(B, 8), (B, K, 7) -> (B, K, 8). +-1 commands 5 cm, 0.5 rad in the world frame, fingers fully open or closed."""
-        position, rotation, fingers = proprio.split((3, 3, 2), -1)
+    def analytic(self, proprio, velocity, previous, actions):
+        """(B, 8), (B, 8), (B, 7), (B, K, 7) -> (B, K, 8): x' = x + gain . [velocity, way to the goal of a_t, and to that of a_{t-1}]"""
         path = []
         for action in actions.unbind(1):
-            position = position + self.gain[0] * 0.05 * action[:, :3]
-            rotation = rotation + turn(rotation, self.gain[1] * 0.5 * action[:, 3:6])
-            opened = torch.where(action[:, 6:] < 0, 0.04, 0.0) * fingers.new_tensor([1.0, -1.0])
-            fingers = fingers + self.gain[2] * (opened - fingers)
-            path.append(torch.cat([position, rotation, fingers], -1))
+            velocity = (self.gain * torch.stack([velocity, goal(proprio, action), goal(proprio, previous)], 1)).sum(1)
+            proprio, previous = proprio + velocity, action
+            path.append(proprio)
         return torch.stack(path, 1)
 
-    def forward(self, proprio, velocity, actions):
-        """(B, 8), (B, 8), (B, K, 7) -> (B, K, 8)"""
-        residual = self.residual(torch.cat([(proprio - self.mean) / self.std, velocity / self.scale, actions.flatten(1)], -1))
-        return self.analytic(proprio, actions) + rearrange(residual, "b (k d) -> b k d", d=8) * self.scale
+    def forward(self, proprio, velocity, previous, actions):
+        """(B, 8), (B, 8), (B, 7), (B, n * K, 7) -> (B, n * K, 8)"""
+        path = []
+        for chunk in actions.split(self.chunk_size, 1):
+            state = torch.cat([(proprio - self.mean) / self.std, self.chunk_size * velocity / self.scale, previous, chunk.flatten(1)], 1)
+            residual = rearrange(self.residual(state), "b (k d) -> b k d", d=8) * self.scale
+            path.append(self.analytic(proprio, velocity, previous, chunk) + residual)
+            proprio, velocity, previous = path[-1][:, -1], path[-1][:, -1] - path[-1][:, -2], chunk[:, -1]
+        return torch.cat(path, 1)
+
+
+def goal(proprio, action):
+    """(B, 8), (B, 7) -> (B, 8): how far the controller is told to go. +-1 commands 5 cm, 0.5 rad in the world frame, fingers fully
+    open or closed."""
+    _, rotation, fingers = proprio.split((3, 3, 2), -1)
+    opened = torch.where(action[:, 6:] < 0, 0.04, 0.0) * fingers.new_tensor([1.0, -1.0])
+    return torch.cat([0.05 * action[:, :3], turn(rotation, 0.5 * action[:, 3:6]), opened - fingers], -1)
 
 
 def turn(axis_angle, delta):
@@ -158,7 +173,7 @@ def action_map(proprio, camera, size):
 
 class LinearVAE(nn.Module):
     """Probabilistic PCA of patches, the optimum of a VAE without hidden layers: (B, D, h, w) <-> (B, C, h, w).
-    What two cores buy: 31 dB PSNR on held-out frames in closed form; an AutoencoderKL (16 latents) had 23 dB after 90 s."""
+    What two cores buy: 33 dB PSNR on held-out frames of Goal in closed form; an AutoencoderKL (16 latents) had 23 dB after 90 s."""
 
     def __init__(self, inputs, latents, size):
         super().__init__()
@@ -278,7 +293,8 @@ class WorldSim(nn.Module):
     # ---- one chunk ----
     def remember(self, frames, camera) -> Memory:
         """Start rollouts at frames uint8 (B, 3, H, W), seen by cameras (B, 3, 4)."""
-        return Memory(self.encode(frames)[:, None], camera, frames.new_zeros(len(frames), 8, dtype=torch.float32))
+        B = len(frames)
+        return Memory(self.encode(frames)[:, None], camera, camera.new_zeros(B, 8), camera.new_tensor(REST).expand(B, 7))
 
     def condition(self, recalled, proprio, actions, path, camera):
         """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> what `StackedUNet.forward` takes."""
@@ -305,7 +321,7 @@ class WorldSim(nn.Module):
         cfg = self.cfg
         data.require(action_chunk.shape[1:] == (cfg.chunk_size, 7), f"an action chunk has shape {tuple(action_chunk.shape[1:])}, this "
                      f"simulator was trained on {(cfg.chunk_size, 7)}; train it again with --chunk-size {action_chunk.shape[1]}")
-        path = self.dynamics(proprio, memory.velocity, action_chunk)
+        path = self.dynamics(proprio, memory.velocity, memory.action, action_chunk)
         recalled = memory.latents[:, sparse_memory(memory.latents.shape[1], cfg.memory)]
         conditions = self.condition(recalled, proprio, action_chunk, path, memory.camera)
         shape = len(proprio), cfg.frames_per_chunk, *recalled.shape[2:]
@@ -315,18 +331,20 @@ class WorldSim(nn.Module):
             output = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
             changes = self.scheduler.step(output, t, changes).prev_sample
         latents = recalled[:, -1:] * cfg.residual + changes * self.change_std
-        memory.latents, memory.velocity = torch.cat([memory.latents, latents], 1), path[:, -1] - path[:, -2]
+        memory.latents = torch.cat([memory.latents, latents], 1)
+        memory.velocity, memory.action = path[:, -1] - path[:, -2], action_chunk[:, -1]
         return self.decode(latents), path[:, -1]
 
     def loss(self, batch):
-        """Latents recalled (B, M, C, h, w), target (B, F, C, h, w); proprio, velocity (B, 8), actions (B, K, 7), camera (B, 3, 4)."""
+        """Latents recalled (B, M, C, h, w), target (B, F, C, h, w); proprio, velocity (B, 8), previous (B, 7), actions (B, K, 7), camera
+        (B, 3, 4)."""
         B, noise = len(batch["proprio"]), torch.randn_like
         level = torch.rand(B, self.cfg.memory, 1, 1, 1, device=batch["proprio"].device) * 2 - 1
         level = level.clamp(min=0) * self.cfg.memory_noise  # half the memory frames stay clean (EVAC)
         recalled = batch["recalled"] + level * noise(batch["recalled"])
         changes = (batch["target"] - recalled[:, -1:] * self.cfg.residual) / self.change_std
         with torch.no_grad():
-            path = self.dynamics(batch["proprio"], batch["velocity"], batch["actions"])
+            path = self.dynamics(*(batch[key] for key in ("proprio", "velocity", "previous", "actions")))
         conditions = self.condition(recalled, batch["proprio"], batch["actions"], path, batch["camera"])
         u = torch.rand(B, device=changes.device)
         u = torch.where(torch.rand_like(u) < self.cfg.pure_noise, 1.0, self.cfg.shift * u / (1 + (self.cfg.shift - 1) * u))
@@ -337,9 +355,10 @@ class WorldSim(nn.Module):
         return loss, dict(video=loss.detach())
 
     def dynamics_loss(self, batch):
-        """Squared error of proprio after each action, in units of its change over a chunk."""
-        error = (self.dynamics(batch["proprio"], batch["velocity"], batch["actions"]) - batch["path"]) / self.dynamics.scale
-        loss = (error ** 2).mean()
+        """Mean error of proprio after each action of two chunks, the second from where the first is thought to end, in units of its
+        change over a chunk. Squares would trade the many free motions for the few that end at an obstacle."""
+        path = self.dynamics(*(batch[key] for key in ("proprio", "velocity", "previous", "actions")))
+        loss = ((path - batch["path"]) / self.dynamics.scale).abs().mean()
         return loss, dict(dynamics=loss.detach())
 
 
@@ -362,7 +381,7 @@ def replay(world_sim, episodes, actions=None):
     (B, 1 + F * chunks, 3, H, W) uint8, proprio (B, 1 + chunks, 8). Short ones stand still at their end."""
     K, device = world_sim.cfg.chunk_size, world_sim.latent_mean.device
     actions = [torch.from_numpy(x) for x in actions or [e.actions for e in episodes]]
-    steps, hold = -(-max(map(len, actions)) // K) * K, torch.tensor([0, 0, 0, 0, 0, 0, 1.0])
+    steps, hold = -(-max(map(len, actions)) // K) * K, torch.tensor(REST).abs()
     actions = torch.stack([torch.cat([x, (x[-1:] * hold).repeat(steps - len(x), 1)]) for x in actions]).to(device)
     stack = lambda values: torch.from_numpy(np.stack(values)).to(device)
     frames, proprio = [stack([e.frames[:1] for e in episodes])], [stack([e.proprio[0] for e in episodes])]
@@ -396,13 +415,14 @@ def training_rows(episodes, cfg):
 
 
 def make_batch(rows, latents, cfg, rng, device, size):
-    """Sample rows; the history begins at a random frame, as a rollout's may. Without latents only what `dynamics_loss` needs."""
-    picked = [rows[i] for i in rng.integers(len(rows), size=size)]
+    """Sample rows; the history begins at a random frame, as a rollout's may. Without latents two chunks of what `dynamics_loss` needs."""
+    picked, length = [rows[i] for i in rng.integers(len(rows), size=size)], cfg.chunk_size * (1 if latents is not None else 2)
     stack = lambda values: torch.from_numpy(np.stack(values).astype(np.float32)).to(device)
     batch = dict(proprio=stack([e.proprio[t] for e, t, *_ in picked]),
                  velocity=stack([e.proprio[t] - e.proprio[max(t - 1, 0)] for e, t, *_ in picked]),
-                 actions=stack([e.actions[t:t + cfg.chunk_size] for e, t, *_ in picked]),
-                 path=stack([e.proprio[t + 1:t + 1 + cfg.chunk_size] for e, t, *_ in picked]))
+                 previous=stack([e.actions[t - 1] if t else REST for e, t, *_ in picked]),
+                 actions=stack([e.actions[t:t + length] for e, t, *_ in picked]),
+                 path=stack([e.proprio[t + 1:t + 1 + length] for e, t, *_ in picked]))
     if latents is not None:
         recalled = []
         for _, _, history, _ in picked:
@@ -445,6 +465,7 @@ def train(cfg: Config):
     torch.manual_seed(cfg.seed)
     episodes, held_out = data.training_episodes(cfg, cfg.image_size, cfg.demos_per_task, cfg.kinds)
     frames, rows = torch.from_numpy(np.concatenate([e.frames for e in episodes])).to(device), training_rows(episodes, cfg)
+    moves = [(e, t) for e in episodes for t in range(len(e.actions) - 2 * cfg.chunk_size + 1)]
     world_sim, latents, looks = WorldSim(cfg).to(device), [], (held_out or episodes)[::max(1, len(held_out or episodes) // 3)][:3]
     if cfg.pretrained and not checkpoint:
         data.beside("load_text_to_video")(world_sim)
@@ -462,7 +483,7 @@ def train(cfg: Config):
         if step == cfg.vae_steps:
             prepare(world_sim, frames, rows)
         if phase == 1:
-            return world_sim.dynamics_loss(make_batch(rows, None, cfg, rng, device, 256))
+            return world_sim.dynamics_loss(make_batch(moves, None, cfg, rng, device, 128))
         if not latents:
             latents.append(world_sim.encode(frames))
         return world_sim.loss(make_batch(rows, latents[0], cfg, rng, device, -(-cfg.batch_size // processes.num_processes)))
