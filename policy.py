@@ -300,18 +300,6 @@ def normalise(x, bounds):
     return torch.where(high - low < 1e-6, 0.0, (2 * (x - low) / (high - low + 1e-8) - 1).clamp(-1, 1))
 
 
-def train_tokenizer() -> str:
-    """A byte-level BPE tokenizer of LIBERO's own instructions, as JSON: the small presets need no download."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    instructions = [task.instruction for task in data.parse_tasks("all+libero_90")]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<PAD>", "<s>", "</s>", "▁"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(instructions, trainer)
-    return tokenizer.to_str()
-
-
 def load_tokenizer(text: str):
     """From the text of a `tokenizer.json`, ours or OpenVLA's: the names of their special tokens are the same."""
     from tokenizers import Tokenizer
@@ -363,7 +351,7 @@ def train(cfg: Config):
     samples, weights = dataset(episodes, cfg.chunk_size), None
     quantiles = lambda x: np.quantile(np.concatenate(x), [0.01, 0.99], axis=0)
     stats = dict(action=quantiles([e.actions for e in episodes]), proprio=quantiles([e.proprio for e in episodes]))
-    tokenizer = checkpoint["tokenizer"] if checkpoint else train_tokenizer()
+    tokenizer = checkpoint["tokenizer"] if checkpoint else data.beside("train_tokenizer")()
     if cfg.pretrained and not checkpoint:
         weights, tokenizer = load_openvla(cfg.pretrained, tasks[0].suite), (Path(cfg.pretrained) / "tokenizer.json").read_text("utf-8")
     with torch.device(device):

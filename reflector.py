@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import nn
 
 import data
-from policy import load_tokenizer, train_tokenizer
+from policy import load_tokenizer
 
 
 @dataclass
@@ -196,7 +196,7 @@ def train(cfg: Config):
     labelled = [(i, f, bool(e.success[s])) for i, e in enumerate(episodes) for f, s in enumerate(e.frame_steps)]
     positives, negatives = [(i, f) for i, f, y in labelled if y], [(i, f) for i, f, y in labelled if not y]
     instructions = sorted({e.instruction for e in episodes})
-    tokenizer = checkpoint["tokenizer"] if checkpoint else train_tokenizer()
+    tokenizer = checkpoint["tokenizer"] if checkpoint else data.beside("train_tokenizer")()
     reflector = Reflector(cfg, load_tokenizer(tokenizer)).to(device)
     groups = [dict(params=list(reflector.parameters()), peak=cfg.lr)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.05, fused=True)

@@ -2,24 +2,22 @@
 
 The recipe of EnerVerse-AC (EVAC, arXiv 2505.09723), which World-Env builds on, at a size two CPU cores can train:
   every frame is encoded by a VAE; memory = M latents picked sparsely from the past: first, 1/3, 2/3, last
-  the chunk's F frames are denoised together with the memory frames beside them; of each frame the U-Net gets
-    its noisy latent | the condition latent: the memory, and its last frame again for each frame of the chunk | a mask: 1 for memory |
-    its *action map*: the gripper's pose, projected with the camera onto the image plane, black background, opening as brightness
-  and the chunk's K actions (with the change of pose each leads to) as tokens
-  v-prediction, zero terminal SNR, loss on the chunk's frames only; DDIM with trailing steps
-  in training noise on the memory, so that errors do not pile up in rollouts, and action map or actions dropped at times
+  the chunk's F frames are denoised together, the memory frames beside them; of each frame the U-Net gets the noisy latent, the known
+    one (of the chunk the last of the memory, repeated), a mask, and an *action map*: the gripper's pose projected with the camera
+    onto the image plane, black background, opening as brightness; and the K actions, with the change of pose each leads to, as tokens
+  v-prediction, zero terminal SNR, loss on the chunk's frames only, DDIM with trailing steps; so that errors do not pile up in rollouts,
+  training adds noise to the memory, or lets the simulator imagine the chunks before the one that it learns from
   proprio: an analytic step of the OSC controller plus a learned residual (`Dynamics`)
-Chunk after chunk, the last predicted frame and proprio go back to the policy, the latents into the memory: no physics, no simulator.
+Chunk after chunk, the last predicted frame and proprio go back to the policy, the latents into the memory: no physics.
 Dims: B batch, K chunk_size, F frames_per_chunk, M memory, C latent channels, h w latent size, H W pixels.
 
-Differs from EVAC: no CLIP tokens and no ray maps, action maps at latent size. `paper` starts from ModelScope's text-to-video model, as
-near to EVAC's DynamiCrafter as diffusers has. `tiny` and `smoke` stack the frames as channels of a 2-D U-Net (7-20 times cheaper than
-a video U-Net on a CPU) with the actions in the time embedding; `tiny` and `base` denoise the change since the last memory frame, as
-most of the scene stands still; `tiny` predicts the clean sample, has a linear VAE, and one frame per chunk: all that the policy sees.
+Differs from EVAC: no CLIP tokens, no ray maps, action maps at latent size; `paper` starts from ModelScope's text-to-video model.
+`tiny` and `smoke` stack the frames as channels of a 2-D U-Net (7-20 times cheaper than a video U-Net on a CPU) with the actions in
+the time embedding; `tiny` and `base` denoise the change since the last memory frame: most of the scene stands still; `tiny`
+predicts the clean sample, has a linear VAE, and one frame per chunk, all that the policy sees.
 Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/world_sim.pt, world_sim.jsonl, world_sim_*.png.
 
   python world_sim.py --demos data/
-  accelerate launch world_sim.py --demos data/ --preset paper
 """
 from dataclasses import dataclass
 
@@ -30,7 +28,6 @@ from einops import rearrange, repeat
 from torch import nn
 
 import data
-
 
 REST = [0.0, 0, 0, 0, 0, 0, -1]  # the action before an episode begins: stay, hand open
 
@@ -57,12 +54,15 @@ class Config:
     hidden: int = 256  # width of action tokens (or their embedding) and of the proprio residual
     bf16: bool = False  # run the U-Net in bfloat16 autocast; for a GPU
     memory_noise: float = 0.2  # largest standard deviation of the noise on memory latents in training
+    own_chunks: int = 4  # at most so many chunks that the simulator imagined itself come before the one it learns from
+    dropout: float = 0.1  # of activations in the 2-D U-Net
     condition_dropout: float = 0.0  # share of training samples without action map, and without actions
     residual: bool = True  # denoise the change since the last memory frame, not the frame
+    still: float = 0.15  # what is denoised shrinks towards 0 by this: small changes are errors, which pile up where nothing moves
     pure_noise: float = 0.3  # share of training samples that start from noise alone
     prediction: str = "sample"  # what the U-Net outputs, in diffusers' words: sample (easy where nothing moves) or v_prediction (EVAC)
     shift: float = 4.0  # other samples: timesteps shifted towards high noise
-    sampling_steps: int = 3  # DDIM steps; EVAC: 27
+    sampling_steps: int = 1  # DDIM steps; EVAC: 27
     vae_steps: int = 0  # gradient steps of a convolutional VAE; the linear one is solved in closed form
     dynamics_steps: int = 4000  # then gradient steps of the proprio residual, milliseconds each
     steps: int = 6000  # then gradient steps of the U-Net
@@ -76,13 +76,12 @@ EVAC = dict(frames_per_chunk=8, patch=1, vae_channels=(128, 256, 512, 512), late
 PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, patch=4, vae_channels=(16, 16),
-                    latent_channels=4, channels=(16, 32), hidden=32, condition_dropout=0.2, prediction="v_prediction",
+                    latent_channels=4, channels=(16, 32), hidden=32, own_chunks=1, condition_dropout=0.2, prediction="v_prediction",
                     sampling_steps=2, vae_steps=20, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
     "base": Config(preset="base", image_size=224, **EVAC | dict(vae_channels=(64, 128, 256, 256), frames_per_chunk=2),
                    channels=(128, 256, 256), hidden=512, sampling_steps=8, vae_steps=10000, steps=30000, lr=2e-4),
-    "paper": Config(preset="paper", image_size=224, **EVAC, pretrained="ali-vilab/text-to-video-ms-1.7b",
-                    channels=(320, 640, 1280, 1280), hidden=1024, residual=False, pure_noise=0.0, shift=1.0, sampling_steps=27,
-                    steps=100000, batch_size=64, lr=5e-5),
+    "paper": Config(preset="paper", image_size=224, **EVAC, pretrained="ali-vilab/text-to-video-ms-1.7b", channels=(320, 640, 1280, 1280),
+                    hidden=1024, residual=False, still=0, pure_noise=0, shift=1, sampling_steps=27, steps=100000, batch_size=64, lr=5e-5),
 }
 
 
@@ -101,8 +100,8 @@ class Memory:
 
 
 class Dynamics(nn.Module):
-    """Proprio after each action: the OSC controller as a damped spring, plus a learned residual of each chunk. Lengths in m, angles
-    in rad. The controller lags: what the arm does next depends on how fast it moves and on what it was told before."""
+    """Proprio after each action: the OSC controller as a damped spring, plus a learned residual per chunk. Lengths in m, angles in rad.
+    The controller lags: what the arm does next depends on how fast it moves and on what it was told before."""
 
     def __init__(self, chunk_size, hidden):
         super().__init__()
@@ -110,11 +109,10 @@ class Dynamics(nn.Module):
         self.gain = nn.Parameter(torch.tensor([[0.6] * 6 + [0.3] * 2, [0.1] * 8, [0.02] * 6 + [0.0] * 2]))
         self.residual = nn.Sequential(nn.Linear(23 + chunk_size * 7, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                                       nn.Linear(hidden, chunk_size * 8))
-        nn.init.zeros_(self.residual[-1].weight)
-        nn.init.zeros_(self.residual[-1].bias)
-        self.register_buffer("mean", torch.zeros(8))
-        self.register_buffer("std", torch.ones(8))    # of proprio
-        self.register_buffer("scale", torch.ones(8))  # of its change over a chunk
+        for p in self.residual[-1].parameters():
+            nn.init.zeros_(p)
+        for name in ("mean", "std", "scale"):  # of proprio, and size of its change over a chunk
+            self.register_buffer(name, torch.full((8,), float(name != "mean")))
 
     def analytic(self, proprio, velocity, previous, actions):
         """(B, 8), (B, 8), (B, 7), (B, K, 7) -> (B, K, 8): x' = x + gain . [velocity, way to the goal of a_t, and to that of a_{t-1}]"""
@@ -156,19 +154,14 @@ def action_map(proprio, camera, size):
     """Draw gripper poses (B, n, 8) with cameras (B, 3, 4) -> (B, n * 5, size, size): a soft dot for the grip site, one for the tip of
     each of its axes (10 cm), and the first again times the opening. After EVAC's action map; black where there is no gripper."""
     position, axis_angle, fingers = proprio.split((3, 3, 2), -1)
-    angle = axis_angle.norm(dim=-1, keepdim=True).clamp(min=1e-6)[..., None]
-    x, y, z = (axis_angle / angle[..., 0]).unbind(-1)
-    o = torch.zeros_like(x)
-    cross = rearrange(torch.stack([o, -z, y, z, o, -x, -y, x, o], -1), "b n (i j) -> b n i j", i=3)
-    rotation = torch.eye(3, device=x.device) + angle.sin() * cross + (1 - angle.cos()) * cross @ cross  # Rodrigues
+    x, y, z, o = *axis_angle.unbind(-1), torch.zeros_like(axis_angle[..., 0])
+    rotation = torch.matrix_exp(rearrange(torch.stack([o, -z, y, z, o, -x, -y, x, o], -1), "b n (i j) -> b n i j", i=3))
     points = torch.cat([position[..., None], position[..., None] + 0.1 * rotation], -1)                   # (B, n, 3, 4)
     u, v, depth = (camera[:, None, :, :3] @ points + camera[:, None, :, 3:]).unbind(-2)                   # (B, n, 4)
-    cells = (torch.arange(size, device=x.device) + 0.5) / size
-    du, dv = (u / depth)[..., None] - cells, (v / depth)[..., None] - cells                               # (B, n, 4, size)
-    width = 2 * (0.75 / size) ** 2
-    dots = torch.exp(-(dv[..., :, None] ** 2 + du[..., None, :] ** 2) / width)                            # (B, n, 4, size, size)
-    opening = ((fingers[..., 0] - fingers[..., 1]) / 0.08)[..., None, None, None]
-    return torch.cat([dots, dots[:, :, :1] * opening], 2).flatten(1, 2)
+    cells = torch.arange(size, device=x.device) + 0.5
+    du, dv = (u / depth * size)[..., None] - cells, (v / depth * size)[..., None] - cells                 # (B, n, 4, size)
+    dots = torch.exp(-(dv[..., :, None] ** 2 + du[..., None, :] ** 2) / (2 * 0.75 ** 2))                  # (B, n, 4, size, size)
+    return torch.cat([dots, dots[:, :, :1] * ((fingers[..., :1] - fingers[..., 1:]) / 0.08)[..., None, None]], 2).flatten(1, 2)
 
 
 class LinearVAE(nn.Module):
@@ -201,7 +194,7 @@ class StackedUNet(nn.Module):
         from diffusers import UNet2DModel
         C, chunk, levels = cfg.latent_channels, cfg.frames_per_chunk, len(cfg.channels)
         self.unet = UNet2DModel(in_channels=(chunk + cfg.memory) * C + 5 * (chunk + 1), out_channels=chunk * C,
-                                block_out_channels=cfg.channels, layers_per_block=1, norm_num_groups=8,
+                                block_out_channels=cfg.channels, layers_per_block=1, norm_num_groups=8, dropout=cfg.dropout,
                                 down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
                                 class_embed_type="identity", resnet_time_scale_shift="scale_shift")
         self.embed = nn.Sequential(nn.Linear(8 + 15 * cfg.chunk_size, cfg.hidden), nn.SiLU(), nn.Linear(cfg.hidden, 4 * cfg.channels[0]))
@@ -231,7 +224,6 @@ class VideoUNet(nn.Module):
         self.order = nn.Parameter(torch.randn(cfg.chunk_size, cfg.hidden))
 
     def forward(self, noisy, timestep, known, maps, steps, proprio):
-        """As `StackedUNet.forward`."""
         memory = known.shape[1] - noisy.shape[1]
         mask = (torch.arange(known.shape[1], device=noisy.device) < memory).float()[:, None, None, None].expand_as(maps[:, :, :1])
         x = torch.cat([torch.cat([known[:, :memory], noisy], 1), known, mask, maps], 2)
@@ -246,21 +238,17 @@ class WorldSim(nn.Module):
         self.cfg, levels, folded = cfg, len(cfg.vae_channels), 3 * cfg.patch ** 2
         self.size = cfg.image_size // cfg.patch // 2 ** max(0, levels - 1)
         if levels:
-            self.vae = AutoencoderKL(in_channels=folded, out_channels=folded, latent_channels=cfg.latent_channels,
-                                     norm_num_groups=min(32, cfg.vae_channels[0] // 2), layers_per_block=2,
-                                     block_out_channels=cfg.vae_channels, down_block_types=("DownEncoderBlock2D",) * levels,
-                                     up_block_types=("UpDecoderBlock2D",) * levels)
+            self.vae = AutoencoderKL(folded, folded, ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels, cfg.vae_channels, 2,
+                                     latent_channels=cfg.latent_channels, norm_num_groups=min(32, cfg.vae_channels[0] // 2))
         else:
             self.vae = LinearVAE(folded, cfg.latent_channels, self.size)
         self.denoiser = VideoUNet(cfg) if cfg.video_unet else StackedUNet(cfg)
         self.dynamics = Dynamics(cfg.chunk_size, cfg.hidden)
         self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                                        prediction_type=cfg.prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing")
-        per_channel = torch.ones(cfg.latent_channels, 1, 1)
-        self.register_buffer("latent_mean", per_channel * 0)
-        self.register_buffer("latent_std", per_channel.clone())
-        self.register_buffer("change_std", per_channel.clone())     # of z_f - z_last
-        self.register_buffer("change_weight", per_channel.clone())  # in the loss: how much of the picture a channel moves
+        # change: z_f - z_last; its weight in the loss: how much of the picture a channel moves
+        for name in ("latent_mean", "latent_std", "change_std", "change_weight"):
+            self.register_buffer(name, torch.full((cfg.latent_channels, 1, 1), float(name != "latent_mean")))
 
     # ---- frames and latents ----
     def fold(self, frames):
@@ -287,14 +275,12 @@ class WorldSim(nn.Module):
         folded = self.fold(frames)
         posterior = self.vae.encode(folded).latent_dist
         error = F.mse_loss(self.vae.decode(posterior.sample()).sample, folded)
-        loss = error + 1e-6 * posterior.kl().mean()
-        return loss, dict(vae_psnr=10 * torch.log10(4 / error.detach()))
+        return error + 1e-6 * posterior.kl().mean(), dict(vae_psnr=10 * torch.log10(4 / error.detach()))
 
     # ---- one chunk ----
     def remember(self, frames, camera) -> Memory:
         """Start rollouts at frames uint8 (B, 3, H, W), seen by cameras (B, 3, 4)."""
-        B = len(frames)
-        return Memory(self.encode(frames)[:, None], camera, camera.new_zeros(B, 8), camera.new_tensor(REST).expand(B, 7))
+        return Memory(self.encode(frames)[:, None], camera, camera.new_zeros(len(frames), 8), camera.new_tensor([REST] * len(frames)))
 
     def condition(self, recalled, proprio, actions, path, camera):
         """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> what `StackedUNet.forward` takes."""
@@ -309,10 +295,19 @@ class WorldSim(nn.Module):
         known = torch.cat([recalled, repeat(recalled[:, -1], "b c h w -> b f c h w", f=cfg.frames_per_chunk)], 1)
         return known, maps, steps, (proprio - self.dynamics.mean) / self.dynamics.std
 
-    def denoise(self, noisy, timestep, *conditions):
-        """The U-Net's output (`prediction`) for noisy (B, F, C, h, w) at timestep (B,)."""
+    def denoise(self, noisy, timestep, *conditions):  # -> `prediction` for noisy (B, F, C, h, w) at timestep (B,)
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.cfg.bf16):
             return self.denoiser(noisy, timestep, *conditions).float()
+
+    def sample(self, recalled, conditions, steps, generator=None):  # -> latents (B, F, C, h, w) of the chunk's frames, by DDIM
+        shape = len(recalled), self.cfg.frames_per_chunk, *recalled.shape[2:]
+        changes = torch.randn(shape, generator=generator, device=recalled.device)
+        self.scheduler.set_timesteps(steps)
+        for t in self.scheduler.timesteps:
+            output = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
+            changes = self.scheduler.step(output, t, changes).prev_sample
+        changes = F.softshrink(changes, self.cfg.still)
+        return recalled[:, -1:] * self.cfg.residual + changes * self.change_std
 
     @torch.no_grad()
     def predict(self, memory: Memory, proprio, action_chunk, generator=None):
@@ -324,55 +319,52 @@ class WorldSim(nn.Module):
         path = self.dynamics(proprio, memory.velocity, memory.action, action_chunk)
         recalled = memory.latents[:, sparse_memory(memory.latents.shape[1], cfg.memory)]
         conditions = self.condition(recalled, proprio, action_chunk, path, memory.camera)
-        shape = len(proprio), cfg.frames_per_chunk, *recalled.shape[2:]
-        changes = torch.randn(shape, generator=generator, device=proprio.device)
-        self.scheduler.set_timesteps(cfg.sampling_steps)
-        for t in self.scheduler.timesteps:
-            output = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
-            changes = self.scheduler.step(output, t, changes).prev_sample
-        latents = recalled[:, -1:] * cfg.residual + changes * self.change_std
+        latents = self.sample(recalled, conditions, cfg.sampling_steps, generator)
         memory.latents = torch.cat([memory.latents, latents], 1)
         memory.velocity, memory.action = path[:, -1] - path[:, -2], action_chunk[:, -1]
         return self.decode(latents), path[:, -1]
 
-    def loss(self, batch):
-        """Latents recalled (B, M, C, h, w), target (B, F, C, h, w); proprio, velocity (B, 8), previous (B, 7), actions (B, K, 7), camera
-        (B, 3, 4)."""
-        B, noise = len(batch["proprio"]), torch.randn_like
-        level = torch.rand(B, self.cfg.memory, 1, 1, 1, device=batch["proprio"].device) * 2 - 1
-        level = level.clamp(min=0) * self.cfg.memory_noise  # half the memory frames stay clean (EVAC)
-        recalled = batch["recalled"] + level * noise(batch["recalled"])
+    def loss(self, stages):
+        """Chunks in a row (`make_batch`); the last is learned, those before are imagined: its memory holds the simulator's own mistakes.
+        Of each recalled (B, M, C, h, w); own (B, M), which imagined frame that is, negative for a real one; target (B, F, C, h, w)."""
+        imagined = []
+        for batch in stages:
+            recalled, arm = batch["recalled"], [batch[key] for key in ("proprio", "velocity", "previous", "actions")]
+            for number, frame in enumerate(imagined):
+                recalled = torch.where((batch["own"] == number)[..., None, None, None], frame[:, None], recalled)
+            if batch is stages[-1]:
+                level = torch.rand(*recalled.shape[:2], 1, 1, 1, device=recalled.device) * 2 - 1  # half stay clean (EVAC)
+                recalled = recalled + level.clamp(min=0) * self.cfg.memory_noise * torch.randn_like(recalled)
+            with torch.set_grad_enabled(batch is stages[-1] and torch.is_grad_enabled()):
+                conditions = self.condition(recalled, arm[0], arm[3], self.dynamics(*arm).detach(), batch["camera"])
+                imagined += self.sample(recalled, conditions, 1).unbind(1) if batch is not stages[-1] else []
         changes = (batch["target"] - recalled[:, -1:] * self.cfg.residual) / self.change_std
-        with torch.no_grad():
-            path = self.dynamics(*(batch[key] for key in ("proprio", "velocity", "previous", "actions")))
-        conditions = self.condition(recalled, batch["proprio"], batch["actions"], path, batch["camera"])
-        u = torch.rand(B, device=changes.device)
+        u = torch.rand(len(changes), device=changes.device)
         u = torch.where(torch.rand_like(u) < self.cfg.pure_noise, 1.0, self.cfg.shift * u / (1 + (self.cfg.shift - 1) * u))
-        timestep, epsilon = (u * 1000).long().clamp(max=999), noise(changes)
+        timestep, epsilon = (u * 1000).long().clamp(max=999), torch.randn_like(changes)
         output = self.denoise(self.scheduler.add_noise(changes, epsilon, timestep), timestep, *conditions)
         target = changes if self.cfg.prediction == "sample" else self.scheduler.get_velocity(changes, epsilon, timestep)
         loss = ((output - target) ** 2 * self.change_weight).mean()
         return loss, dict(video=loss.detach())
 
     def dynamics_loss(self, batch):
-        """Mean error of proprio after each action of two chunks, the second from where the first is thought to end, in units of its
-        change over a chunk. Squares would trade the many free motions for the few that end at an obstacle."""
+        """Mean error of proprio after each action, in units of its change over a chunk. Squares would trade the many free motions for
+        the few that end at an obstacle."""
         path = self.dynamics(*(batch[key] for key in ("proprio", "velocity", "previous", "actions")))
         loss = ((path - batch["path"]) / self.dynamics.scale).abs().mean()
         return loss, dict(dynamics=loss.detach())
 
 
-def sparse_memory(n, size):
-    """Indices of `size` frames out of the n so far: 0, n/3, 2n/3, last for 4 (EVAC)."""
+def sparse_memory(n, size):  # indices of `size` frames out of the n so far: 0, n/3, 2n/3, last for 4 (EVAC)
     return [i * n // (size - 1) for i in range(size - 1)] + [n - 1]
 
 
 def load_world_sim(path, device="cpu") -> WorldSim:
     """A simulator from `world_sim.pt`, in eval mode. Raises UserError."""
     checkpoint = data.load_checkpoint(path, "world_sim", device)
-    world_sim = WorldSim(data.from_config(Config, checkpoint["config"]))
+    world_sim = WorldSim(data.from_config(Config, checkpoint["config"])).to(device)
     world_sim.load_state_dict(checkpoint["model"])
-    return world_sim.to(device).eval()
+    return world_sim.eval()
 
 
 @torch.no_grad()
@@ -393,44 +385,48 @@ def replay(world_sim, episodes, actions=None):
     return torch.cat(frames, 1).cpu().numpy(), torch.stack(proprio, 1).cpu().numpy()
 
 
-def open_loop(world_sim, episode):
-    """Replay one episode's actions in imagination -> frames (1 + F * chunks, 3, H, W) uint8."""
+def open_loop(world_sim, episode):  # -> frames (1 + F * chunks, 3, H, W) uint8
     return replay(world_sim, [episode])[0][0]
 
 
 # ---- training data -------------------------------------------------------------------------------------------------------
 
 def training_rows(episodes, cfg):
-    """Chunks with a frame at their start and at each predicted step: (episode, step, history, target), frames counted over all."""
+    """[(episode, step, frames)] of every chunk: numbers of its frames and all before, counted over all episodes; none is missing."""
     rows, offset, gap = [], 0, cfg.chunk_size // cfg.frames_per_chunk
     for episode in episodes:
         index = {int(step): offset + i for i, step in enumerate(episode.frame_steps)}
         offset += len(episode.frame_steps)
-        for t in index:
-            target = [index.get(t + gap * (f + 1)) for f in range(cfg.frames_per_chunk)]
-            if t + cfg.chunk_size <= len(episode.actions) and None not in target:
-                history = [index[s] for s in range(t % gap, t + 1, gap) if s in index]
-                rows.append((episode, t, history, target))
+        for t in (t for t in index if t + cfg.chunk_size <= len(episode.actions)):
+            frames = [index.get(step) for step in range(t % gap, t + cfg.chunk_size + 1, gap)]
+            rows += [(episode, t, frames)] if None not in frames else []
     return rows
 
 
-def make_batch(rows, latents, cfg, rng, device, size):
-    """Sample rows; the history begins at a random frame, as a rollout's may. Without latents two chunks of what `dynamics_loss` needs."""
-    picked, length = [rows[i] for i in rng.integers(len(rows), size=size)], cfg.chunk_size * (1 if latents is not None else 2)
+def motion(chunks, length, device):
+    """What the arm does in `length` steps from each of chunks [(episode, step)], for `Dynamics` and the conditions."""
     stack = lambda values: torch.from_numpy(np.stack(values).astype(np.float32)).to(device)
-    batch = dict(proprio=stack([e.proprio[t] for e, t, *_ in picked]),
-                 velocity=stack([e.proprio[t] - e.proprio[max(t - 1, 0)] for e, t, *_ in picked]),
-                 previous=stack([e.actions[t - 1] if t else REST for e, t, *_ in picked]),
-                 actions=stack([e.actions[t:t + length] for e, t, *_ in picked]),
-                 path=stack([e.proprio[t + 1:t + 1 + length] for e, t, *_ in picked]))
-    if latents is not None:
-        recalled = []
-        for _, _, history, _ in picked:
-            history = history[-rng.integers(1, len(history) + 1):]
-            recalled.append([history[i] for i in sparse_memory(len(history), cfg.memory)])
-        target = torch.tensor([target for *_, target in picked])
-        batch |= dict(recalled=latents[torch.tensor(recalled)], target=latents[target], camera=stack([e.camera for e, *_ in picked]))
-    return batch
+    return dict(proprio=stack([e.proprio[t] for e, t in chunks]), camera=stack([e.camera for e, _ in chunks]),
+                velocity=stack([e.proprio[t] - e.proprio[max(t - 1, 0)] for e, t in chunks]),
+                previous=stack([e.actions[t - 1] if t else REST for e, t in chunks]),
+                actions=stack([e.actions[t:t + length] for e, t in chunks]),
+                path=stack([e.proprio[t + 1:t + 1 + length] for e, t in chunks]))
+
+
+def make_batch(rows, latents, cfg, rng, device, size, before=0):
+    """`before` + 1 chunks in a row for `WorldSim.loss`, the last a sample of `rows`; a rollout, and so a history, may begin anywhere."""
+    K, chunk, stages = cfg.chunk_size, cfg.frames_per_chunk, []
+    rows = [row for row in rows if len(row[2]) > (before + 1) * chunk]
+    picked = [rows[i] for i in rng.integers(len(rows), size=size)]
+    frames = [f[-rng.integers((before + 1) * chunk + 1, len(f) + 1):] for *_, f in picked]
+    for stage in range(before + 1):
+        seen = [len(f) - (before - stage + 1) * chunk for f in frames]  # frames up to this chunk, the last stage * chunk of them imagined
+        at = [sparse_memory(n, cfg.memory) for n in seen]
+        stages.append(motion([(e, t - (before - stage) * K) for e, t, _ in picked], K, device))
+        stages[-1] |= dict(recalled=latents[torch.tensor([[f[i] for i in pick] for f, pick in zip(frames, at)])],
+                           own=torch.tensor([[i - n + stage * chunk for i in pick] for n, pick in zip(seen, at)], device=device),
+                           target=latents[torch.tensor([f[n:n + chunk] for f, n in zip(frames, seen)])])
+    return stages
 
 
 @torch.no_grad()
@@ -439,21 +435,17 @@ def prepare(world_sim, frames, rows):
     cfg = world_sim.cfg
     if not cfg.vae_channels:
         world_sim.vae.fit(world_sim.fold(frames[::max(1, len(frames) // 1000)]))
-    sample = world_sim.encode(frames[::4])
-    world_sim.latent_mean, world_sim.latent_std = sample.mean((0, 2, 3), keepdim=True)[0], sample.std((0, 2, 3), keepdim=True)[0]
-    some = rows[::max(1, len(rows) // 500)]
-    before, after = [history[-1] for _, _, history, _ in some], [target[-1] for *_, target in some]
+    spread = lambda x: (x.mean((0, 2, 3), keepdim=True)[0], x.std((0, 2, 3), keepdim=True)[0])
+    world_sim.latent_mean, world_sim.latent_std = spread(world_sim.encode(frames[::4]))
     if cfg.residual:
-        change = world_sim.encode(frames[after]) - world_sim.encode(frames[before])
-        world_sim.change_std = change.std((0, 2, 3), keepdim=True)[0]
-        weight = world_sim.change_std * world_sim.latent_std
-        world_sim.change_weight = weight / weight.mean()
+        some = [f for *_, f in rows[::max(1, len(rows) // 500)]]
+        before, after = ([f[at] for f in some] for at in (-1 - cfg.frames_per_chunk, -1))
+        world_sim.change_std = spread(world_sim.encode(frames[after]) - world_sim.encode(frames[before]))[1]
+        world_sim.change_weight = world_sim.change_std * world_sim.latent_std / (world_sim.change_std * world_sim.latent_std).mean()
     proprio = np.stack([e.proprio[t] for e, t, *_ in rows])
     moved = np.stack([e.proprio[t + cfg.chunk_size] for e, t, *_ in rows]) - proprio
-    dynamics = world_sim.dynamics
-    dynamics.mean.copy_(torch.from_numpy(proprio.mean(0)))
-    dynamics.std.copy_(torch.from_numpy(proprio.std(0) + 1e-3))
-    dynamics.scale.copy_(torch.from_numpy(moved.std(0) + 1e-4))
+    for name, value in dict(mean=proprio.mean(0), std=proprio.std(0) + 1e-3, scale=moved.std(0) + 1e-4).items():
+        getattr(world_sim.dynamics, name).copy_(torch.from_numpy(value))
 
 
 def train(cfg: Config):
@@ -470,50 +462,37 @@ def train(cfg: Config):
     if cfg.pretrained and not checkpoint:
         data.beside("load_text_to_video")(world_sim)
     optimizer = torch.optim.AdamW([dict(params=list(world_sim.parameters()), peak=cfg.lr)], lr=cfg.lr, weight_decay=0.01, fused=True)
-    count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    print(f"world_sim: VAE {count(world_sim.vae):.1f} M, U-Net {count(world_sim.denoiser):.1f} M parameters, {len(episodes)} episodes, "
-          f"{len(frames)} frames, {len(rows)} chunks ({len(held_out)} episodes held out), {sum(phases)} steps")
+    print(f"world_sim: {sum(p.numel() for p in world_sim.parameters()) / 1e6:.1f} M parameters, {len(episodes)} episodes, {len(frames)} "
+          f"frames, {len(rows)} chunks ({len(held_out)} episodes held out), {sum(phases)} steps")
 
     def loss_of(phase, step):
         world_sim.train()
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 64 + processes.process_index)  # every process its own noise
         rng = np.random.default_rng((cfg.seed, step, processes.process_index))
         if phase == 0:
-            return world_sim.vae_loss(frames[torch.from_numpy(rng.integers(len(frames), size=cfg.batch_size)).to(device)])
+            return world_sim.vae_loss(frames[rng.integers(len(frames), size=cfg.batch_size).tolist()])
         if step == cfg.vae_steps:
             prepare(world_sim, frames, rows)
         if phase == 1:
-            return world_sim.dynamics_loss(make_batch(moves, None, cfg, rng, device, 128))
+            return world_sim.dynamics_loss(motion([moves[i] for i in rng.integers(len(moves), size=128)], 2 * cfg.chunk_size, device))
         if not latents:
             latents.append(world_sim.encode(frames))
-        return world_sim.loss(make_batch(rows, latents[0], cfg, rng, device, -(-cfg.batch_size // processes.num_processes)))
+        own, size = rng.integers(cfg.own_chunks + 1), -(-cfg.batch_size // processes.num_processes)
+        return world_sim.loss(make_batch(rows, latents[0], cfg, rng, device, size, own))
 
     @torch.no_grad()
     def look(step):  # at held-out episodes: the loss of their chunks, and pictures
         if step <= cfg.vae_steps + cfg.dynamics_steps:
             return {}
         world_sim.eval()
-        for episode in looks:
-            save_strip(run / f"world_sim_{episode.task}_{episode.index}.png", world_sim, episode)
+        for episode, imagined in zip(looks, replay(world_sim, looks)[0][:, ::cfg.frames_per_chunk]):
+            data.beside("save_strip")(run / f"world_sim_{episode.task}_{episode.index}.png", episode, imagined, cfg.chunk_size)
         torch.manual_seed(0)
         seen = world_sim.encode(torch.from_numpy(np.concatenate([e.frames for e in looks])).to(device))
         batch = make_batch(training_rows(looks, cfg), seen, cfg, np.random.default_rng(0), device, 64)
         return dict(held_out=world_sim.loss(batch)[0])
 
     data.fit(cfg, "world_sim", world_sim, optimizer, checkpoint, phases, loss_of, look)
-
-
-def save_strip(path, world_sim, episode, columns=10):
-    """Chunk ends of an episode: real above, below imagined from its first frame and its actions, and their difference."""
-    import imageio
-    gap = world_sim.cfg.chunk_size
-    imagined = open_loop(world_sim, episode)[::world_sim.cfg.frames_per_chunk]
-    real = {int(s) // gap: f for s, f in zip(episode.frame_steps, episode.frames) if s % gap == 0}
-    shown = sorted(real)[::max(1, -(-len(real) // columns))]
-    real, imagined = np.concatenate([real[i] for i in shown], -1), np.concatenate(list(imagined[shown]), -1)
-    strip = np.concatenate([real, imagined, abs(real.astype(int) - imagined).astype(np.uint8)], 1)
-    with data.atomic(path) as part:
-        imageio.imwrite(part, np.moveaxis(strip, 0, -1))
 
 
 if __name__ == "__main__":

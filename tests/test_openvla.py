@@ -281,8 +281,11 @@ def test_augmentation_keeps_colours_in_range_and_draws_for_each_picture(tokenize
 
 # ---- the command line --------------------------------------------------------------------------------------------------------
 
-def train(cwd, *flags, launcher=()):
-    command = [sys.executable, *launcher, str(ROOT / "policy.py"), "--tasks", "goal:7", "--preset", "smoke", "--demos", str(cwd / "demos"), *flags]
+TWO = "-m", "torch.distributed.run", "--nproc_per_node", "2", "--"  # `accelerate launch --cpu` starts one
+
+
+def train(cwd, *flags, launcher=(), script="policy.py"):
+    command = [sys.executable, *launcher, str(ROOT / script), "--tasks", "goal:7", "--preset", "smoke", "--demos", str(cwd / "demos"), *flags]
     environment = os.environ | dict(MASTER_PORT="29541")
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
@@ -299,7 +302,7 @@ def demos(tmp_path_factory):
 def test_two_processes_train_what_one_trains(demos):
     vit = "--tower --dino 32 3 2 --siglip 32 3 2 64 --batch-size 5 --crop-area 1 --jitter 0 --steps 6 --scale-steps 3".split()
     one = train(demos, "--run", "one", *vit)
-    two = train(demos, "--run", "two", *vit, launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2", "--"))  # `accelerate launch --cpu` starts one
+    two = train(demos, "--run", "two", *vit, launcher=TWO)
     assert one.returncode == 0 and two.returncode == 0, one.stderr[-1500:] + two.stderr[-3000:]
     a, b = (torch.load(demos / "runs" / name / "policy_sft.pt", weights_only=True) for name in ("one", "two"))
     assert len((demos / "runs" / "two" / "policy.jsonl").read_text().splitlines()) == 2  # a line at the end of each phase: only the first process writes
@@ -308,6 +311,15 @@ def test_two_processes_train_what_one_trains(demos):
     flat = lambda model: torch.cat([model[n].double().flatten() for n in start if not n.endswith("_bounds")])
     apart, moved = (flat(b["model"]) - flat(a["model"])).norm(), (flat(a["model"]) - flat(start)).norm()
     assert moved > 0 and apart / moved < 0.01, float(apart / moved)  # Adam turns rounding of small gradients into small steps
+
+
+@pytest.mark.parametrize("kind", ["world_sim", "reflector"])
+def test_simulator_and_reflector_train_on_two_processes(demos, kind):
+    done = train(demos, "--run", kind, "--kinds", "expert", launcher=TWO, script=f"{kind}.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [json.loads(line)["step"] for line in (demos / "runs" / kind / f"{kind}.jsonl").read_text().splitlines()]
+    checkpoint = data.load_checkpoint(demos / "runs" / kind / f"{kind}.pt", kind)
+    assert steps == sorted(set(steps)) and checkpoint["finished"] and checkpoint["step"] == steps[-1]  # only the first process writes
 
 
 def test_fine_tuning_a_published_checkpoint(demos, tokenizer, monkeypatch):
