@@ -374,5 +374,6 @@ def train(cfg: Config):
     data.fit(cfg, "policy_sft", policy, optimizer, checkpoint, (cfg.steps, cfg.scale_steps), loss_of, tokenizer=tokenizer,
              demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in episodes})
 
+
 if __name__ == "__main__":
     data.command_line(train, PRESETS, __doc__)

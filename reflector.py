@@ -218,7 +218,10 @@ def train(cfg: Config):
 
     data.fit(cfg, "reflector", reflector, optimizer, checkpoint, (cfg.steps,), loss_of, choose_where_training_did_not_look,
              tokenizer=tokenizer)
-    print(f"threshold {float(reflector.threshold):.2f} from {len(held_out or episodes)} {'held-out' if held_out else 'training'} episodes")
+    if processes.is_main_process:  # the one that chose it
+        print(f"threshold {float(reflector.threshold):.2f} from {len(held_out or episodes)} "
+              f"{'held-out' if held_out else 'training'} episodes")
+
 
 if __name__ == "__main__":
     data.command_line(train, PRESETS, __doc__)

@@ -135,8 +135,7 @@ class Dynamics(nn.Module):
 
 
 def goal(proprio, action):
-    """(B, 8), (B, 7) -> (B, 8): how far the controller is told to go. +-1 commands 5 cm, 0.5 rad in the world frame, fingers fully
-    open or closed."""
+    """(B, 8), (B, 7) -> (B, 8): how far the controller is told to go; +-1 is 5 cm, 0.5 rad in the world frame, fingers closed or open."""
     _, rotation, fingers = proprio.split((3, 3, 2), -1)
     opened = torch.where(action[:, 6:] < 0, 0.04, 0.0) * fingers.new_tensor([1.0, -1.0])
     return torch.cat([0.05 * action[:, :3], turn(rotation, 0.5 * action[:, 3:6]), opened - fingers], -1)
@@ -200,8 +199,7 @@ class StackedUNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(8 + 15 * cfg.chunk_size, cfg.hidden), nn.SiLU(), nn.Linear(cfg.hidden, 4 * cfg.channels[0]))
 
     def forward(self, noisy, timestep, known, maps, steps, proprio):
-        """noisy (B, F, C, h, w), timestep (B,), known (B, M + F, C, h, w), maps (B, M + F, 5, h, w), steps (B, K, 15), proprio (B, 8)
-        -> (B, F, C, h, w)"""
+        """(B, F, C, h, w), (B,), known (B, M + F, C, h, w), maps (B, M + F, 5, h, w), steps (B, K, 15), (B, 8) -> (B, F, C, h, w)"""
         chunk = noisy.shape[1]  # known repeats its last memory frame over the chunk, maps are black before it
         x = torch.cat([part.flatten(1, 2) for part in (noisy, known[:, :-chunk], maps[:, -chunk - 1:])], 1)
         vector = self.embed(torch.cat([proprio, steps.flatten(1)], 1))
@@ -306,8 +304,7 @@ class WorldSim(nn.Module):
         for t in self.scheduler.timesteps:
             output = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
             changes = self.scheduler.step(output, t, changes).prev_sample
-        changes = F.softshrink(changes, self.cfg.still)
-        return recalled[:, -1:] * self.cfg.residual + changes * self.change_std
+        return recalled[:, -1:] * self.cfg.residual + F.softshrink(changes, self.cfg.still) * self.change_std
 
     @torch.no_grad()
     def predict(self, memory: Memory, proprio, action_chunk, generator=None):
@@ -348,8 +345,7 @@ class WorldSim(nn.Module):
         return loss, dict(video=loss.detach())
 
     def dynamics_loss(self, batch):
-        """Mean error of proprio after each action, in units of its change over a chunk. Squares would trade the many free motions for
-        the few that end at an obstacle."""
+        """Mean error of proprio after each action, in units of its change over a chunk; squared, few collisions would outweigh the rest."""
         path = self.dynamics(*(batch[key] for key in ("proprio", "velocity", "previous", "actions")))
         loss = ((path - batch["path"]) / self.dynamics.scale).abs().mean()
         return loss, dict(dynamics=loss.detach())
@@ -416,6 +412,7 @@ def motion(chunks, length, device):
 def make_batch(rows, latents, cfg, rng, device, size, before=0):
     """`before` + 1 chunks in a row for `WorldSim.loss`, the last a sample of `rows`; a rollout, and so a history, may begin anywhere."""
     K, chunk, stages = cfg.chunk_size, cfg.frames_per_chunk, []
+    before = min(before, (max(len(f) for *_, f in rows) - 1) // chunk - 1)  # as many as the longest episode has
     rows = [row for row in rows if len(row[2]) > (before + 1) * chunk]
     picked = [rows[i] for i in rng.integers(len(rows), size=size)]
     frames = [f[-rng.integers((before + 1) * chunk + 1, len(f) + 1):] for *_, f in picked]
@@ -457,7 +454,10 @@ def train(cfg: Config):
     torch.manual_seed(cfg.seed)
     episodes, held_out = data.training_episodes(cfg, cfg.image_size, cfg.demos_per_task, cfg.kinds)
     frames, rows = torch.from_numpy(np.concatenate([e.frames for e in episodes])).to(device), training_rows(episodes, cfg)
-    moves = [(e, t) for e in episodes for t in range(len(e.actions) - 2 * cfg.chunk_size + 1)]
+    moves, gap = [(e, t) for e in episodes for t in range(len(e.actions) - 2 * cfg.chunk_size + 1)], cfg.chunk_size // cfg.frames_per_chunk
+    useless = {e.source for e in episodes} - ({e.source for e, *_ in rows} & {e.source for e, _ in moves})
+    data.require(not useless, f"no {' and no '.join(sorted(useless))} episode has {2 * cfg.chunk_size} actions and a frame every {gap} of "
+                 f"them, as this simulator needs; record longer ones, or run: python evaluate.py --explore --frame-every {gap}")
     world_sim, latents, looks = WorldSim(cfg).to(device), [], (held_out or episodes)[::max(1, len(held_out or episodes) // 3)][:3]
     if cfg.pretrained and not checkpoint:
         data.beside("load_text_to_video")(world_sim)
@@ -487,8 +487,8 @@ def train(cfg: Config):
         world_sim.eval()
         for episode, imagined in zip(looks, replay(world_sim, looks)[0][:, ::cfg.frames_per_chunk]):
             data.beside("save_strip")(run / f"world_sim_{episode.task}_{episode.index}.png", episode, imagined, cfg.chunk_size)
-        torch.manual_seed(0)
         seen = world_sim.encode(torch.from_numpy(np.concatenate([e.frames for e in looks])).to(device))
+        torch.manual_seed(0)
         batch = make_batch(training_rows(looks, cfg), seen, cfg, np.random.default_rng(0), device, 64)
         return dict(held_out=world_sim.loss(batch)[0])
 
