@@ -19,7 +19,7 @@ Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/world_
 
   python world_sim.py --demos data/
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -54,14 +54,12 @@ class Config:
     hidden: int = 256  # width of action tokens (or their embedding) and of the proprio residual
     bf16: bool = False  # run the U-Net in bfloat16 autocast; for a GPU
     memory_noise: float = 0.2  # largest standard deviation of the noise on memory latents in training
-    own_chunks: int = 4  # at most so many chunks that the simulator imagined itself come before the one it learns from
-    dropout: float = 0.1  # of activations in the 2-D U-Net
+    own_chunks: int = 6  # in the end, up to so many chunks that the simulator imagined itself come before the one it learns from
     condition_dropout: float = 0.0  # share of training samples without action map, and without actions
     residual: bool = True  # denoise the change since the last memory frame, not the frame
-    still: float = 0.15  # what is denoised shrinks towards 0 by this: small changes are errors, which pile up where nothing moves
-    pure_noise: float = 0.3  # share of training samples that start from noise alone
+    warp: bool = True  # the 2-D U-Net also copies from the memory: each frame as it is and moved with the gripper, bent by a flow
+    pure_noise: float = 0.9  # share of training samples that start from noise alone, as sampling in one step does
     prediction: str = "sample"  # what the U-Net outputs, in diffusers' words: sample (easy where nothing moves) or v_prediction (EVAC)
-    shift: float = 4.0  # other samples: timesteps shifted towards high noise
     sampling_steps: int = 1  # DDIM steps; EVAC: 27
     vae_steps: int = 0  # gradient steps of a convolutional VAE; the linear one is solved in closed form
     dynamics_steps: int = 4000  # then gradient steps of the proprio residual, milliseconds each
@@ -72,16 +70,16 @@ class Config:
 
 
 EVAC = dict(frames_per_chunk=8, patch=1, vae_channels=(128, 256, 512, 512), latent_channels=4, video_unet=True, bf16=True,
-            condition_dropout=0.1, prediction="v_prediction", save_every=1000)
+            condition_dropout=0.1, warp=False, pure_noise=0.3, prediction="v_prediction", save_every=1000)
 PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, patch=4, vae_channels=(16, 16),
-                    latent_channels=4, channels=(16, 32), hidden=32, own_chunks=1, condition_dropout=0.2, prediction="v_prediction",
-                    sampling_steps=2, vae_steps=20, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
+                    latent_channels=4, channels=(16, 32), hidden=32, own_chunks=1, condition_dropout=0.2, warp=False,
+                    prediction="v_prediction", sampling_steps=2, vae_steps=20, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
     "base": Config(preset="base", image_size=224, **EVAC | dict(vae_channels=(64, 128, 256, 256), frames_per_chunk=2),
                    channels=(128, 256, 256), hidden=512, sampling_steps=8, vae_steps=10000, steps=30000, lr=2e-4),
-    "paper": Config(preset="paper", image_size=224, **EVAC, pretrained="ali-vilab/text-to-video-ms-1.7b", channels=(320, 640, 1280, 1280),
-                    hidden=1024, residual=False, still=0, pure_noise=0, shift=1, sampling_steps=27, steps=100000, batch_size=64, lr=5e-5),
+    "paper": Config(preset="paper", image_size=224, **EVAC | dict(pure_noise=0), pretrained="ali-vilab/text-to-video-ms-1.7b", channels=(320, 640, 1280, 1280),
+                    hidden=1024, residual=False, sampling_steps=27, steps=100000, batch_size=64, lr=5e-5),
 }
 
 
@@ -96,7 +94,7 @@ class Memory:
     action: torch.Tensor    # (B, 7) the last one
 
     def select(self, rows):
-        return Memory(self.latents[rows], self.camera[rows], self.velocity[rows], self.action[rows])
+        return Memory(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 class Dynamics(nn.Module):
@@ -149,18 +147,23 @@ def turn(axis_angle, delta):
     return c * delta + (1 - c) * (axis * delta).sum(-1, keepdim=True) * axis - angle / 2 * torch.linalg.cross(axis, delta)
 
 
-def action_map(proprio, camera, size):
-    """Draw gripper poses (B, n, 8) with cameras (B, 3, 4) -> (B, n * 5, size, size): a soft dot for the grip site, one for the tip of
-    each of its axes (10 cm), and the first again times the opening. After EVAC's action map; black where there is no gripper."""
-    position, axis_angle, fingers = proprio.split((3, 3, 2), -1)
-    x, y, z, o = *axis_angle.unbind(-1), torch.zeros_like(axis_angle[..., 0])
+def project(proprio, camera):
+    """Gripper poses (B, n, 8) seen by cameras (B, 3, 4) -> (B, n, 2, 4): u and v, -1 to 1 in the image, of the grip site and of the
+    tips of its three axes (10 cm)."""
+    x, y, z, o = *proprio[..., 3:6].unbind(-1), torch.zeros_like(proprio[..., 0])
     rotation = torch.matrix_exp(rearrange(torch.stack([o, -z, y, z, o, -x, -y, x, o], -1), "b n (i j) -> b n i j", i=3))
-    points = torch.cat([position[..., None], position[..., None] + 0.1 * rotation], -1)                   # (B, n, 3, 4)
-    u, v, depth = (camera[:, None, :, :3] @ points + camera[:, None, :, 3:]).unbind(-2)                   # (B, n, 4)
-    cells = torch.arange(size, device=x.device) + 0.5
-    du, dv = (u / depth * size)[..., None] - cells, (v / depth * size)[..., None] - cells                 # (B, n, 4, size)
-    dots = torch.exp(-(dv[..., :, None] ** 2 + du[..., None, :] ** 2) / (2 * 0.75 ** 2))                  # (B, n, 4, size, size)
-    return torch.cat([dots, dots[:, :, :1] * ((fingers[..., :1] - fingers[..., 1:]) / 0.08)[..., None, None]], 2).flatten(1, 2)
+    points = proprio[..., :3, None] + F.pad(0.1 * rotation, (1, 0))                                       # (B, n, 3, 4)
+    uvd = camera[:, None, :, :3] @ points + camera[:, None, :, 3:]
+    return uvd[..., :2, :] / uvd[..., 2:, :] * 2 - 1
+
+
+def action_map(points, fingers, size):
+    """Draw what `project` gave, with fingers (B, n, 2) -> (B, n, 5, size, size): a soft dot for each point, and the first again times
+    the opening. After EVAC's action map; black where there is no gripper."""
+    cells = (torch.arange(size, device=points.device) + 0.5) / size * 2 - 1
+    du, dv = (points[..., None] - cells).unbind(2)                                                        # (B, n, 4, size)
+    dots = torch.exp(-(dv[..., :, None] ** 2 + du[..., None, :] ** 2) / (2 * (4 / size) ** 2))          # (B, n, 4, size, size)
+    return torch.cat([dots, dots[:, :, :1] * ((fingers[..., :1] - fingers[..., 1:]) / 0.08)[..., None, None]], 2)
 
 
 class LinearVAE(nn.Module):
@@ -185,25 +188,37 @@ class LinearVAE(nn.Module):
         return torch.einsum("bchw,dc->bdhw", latents, self.basis) + self.background
 
 
+def latent_size(cfg):
+    return cfg.image_size // cfg.patch // 2 ** max(0, len(cfg.vae_channels) - 1)
+
+
 class StackedUNet(nn.Module):
     """A 2-D U-Net with the frames of memory and chunk as channels of one picture; the actions join its time embedding."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         from diffusers import UNet2DModel
-        C, chunk, levels = cfg.latent_channels, cfg.frames_per_chunk, len(cfg.channels)
-        self.unet = UNet2DModel(in_channels=(chunk + cfg.memory) * C + 5 * (chunk + 1), out_channels=chunk * C,
-                                block_out_channels=cfg.channels, layers_per_block=1, norm_num_groups=8, dropout=cfg.dropout,
+        C, chunk, levels, size = cfg.latent_channels, cfg.frames_per_chunk, len(cfg.channels), latent_size(cfg)
+        outputs = torch.zeros(chunk, C + 24 * (cfg.memory + 1) * cfg.warp)
+        self.unet = UNet2DModel(in_channels=(chunk + cfg.memory) * C + 80 * (chunk + 1) + 16, out_channels=outputs.numel(),
+                                block_out_channels=cfg.channels, layers_per_block=1, norm_num_groups=8,
                                 down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
                                 class_embed_type="identity", resnet_time_scale_shift="scale_shift")
         self.embed = nn.Sequential(nn.Linear(8 + 15 * cfg.chunk_size, cfg.hidden), nn.SiLU(), nn.Linear(cfg.hidden, 4 * cfg.channels[0]))
+        self.position = nn.Parameter(torch.randn(16, size, size))  # a convolution does not know where it is
+        if cfg.warp:  # begin with the last memory frame as it is: its mask is the largest
+            outputs[:, -32:-16] = 3
+            nn.init.zeros_(self.unet.conv_out.weight)
+            self.unet.conv_out.bias.data.copy_(outputs.flatten())
 
     def forward(self, noisy, timestep, known, maps, steps, proprio):
-        """(B, F, C, h, w), (B,), known (B, M + F, C, h, w), maps (B, M + F, 5, h, w), steps (B, K, 15), (B, 8) -> (B, F, C, h, w)"""
+        """(B, F, C, h, w), (B,), known (B, M + F, C, h, w), maps (B, M + F, 80, h, w), steps (B, K, 15), (B, 8) -> (B, F, C, h, w); with
+        `warp` for each frame 24 (M + 1) channels more, see `WorldSim.copy`"""
         chunk = noisy.shape[1]  # known repeats its last memory frame over the chunk, maps are black before it
-        x = torch.cat([part.flatten(1, 2) for part in (noisy, known[:, :-chunk], maps[:, -chunk - 1:])], 1)
+        x = [part.flatten(1, 2) for part in (noisy, known[:, :-chunk], maps[:, -chunk - 1:])]
+        x = torch.cat([*x, self.position.expand(len(noisy), -1, -1, -1)], 1)
         vector = self.embed(torch.cat([proprio, steps.flatten(1)], 1))
-        return self.unet(x, timestep, class_labels=vector).sample.unflatten(1, noisy.shape[1:3])
+        return self.unet(x, timestep, class_labels=vector).sample.unflatten(1, (chunk, -1))
 
 
 class VideoUNet(nn.Module):
@@ -213,7 +228,7 @@ class VideoUNet(nn.Module):
         super().__init__()
         from diffusers import UNet3DConditionModel
         levels = len(cfg.channels) - 1
-        self.unet = UNet3DConditionModel(in_channels=2 * cfg.latent_channels + 6, out_channels=cfg.latent_channels,
+        self.unet = UNet3DConditionModel(in_channels=2 * cfg.latent_channels + 81, out_channels=cfg.latent_channels,
                                          block_out_channels=cfg.channels, cross_attention_dim=cfg.hidden,
                                          norm_num_groups=min(32, cfg.channels[0] // 2), attention_head_dim=min(64, cfg.channels[0] // 2),
                                          down_block_types=("CrossAttnDownBlock3D",) * levels + ("DownBlock3D",),
@@ -234,7 +249,8 @@ class WorldSim(nn.Module):
         super().__init__()
         from diffusers import AutoencoderKL, DDIMScheduler
         self.cfg, levels, folded = cfg, len(cfg.vae_channels), 3 * cfg.patch ** 2
-        self.size = cfg.image_size // cfg.patch // 2 ** max(0, levels - 1)
+        self.size, gap = latent_size(cfg), cfg.chunk_size // cfg.frames_per_chunk
+        self.frames_at = slice(gap - 1, None, gap)  # the actions after which frames are predicted
         if levels:
             self.vae = AutoencoderKL(folded, folded, ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels, cfg.vae_channels, 2,
                                      latent_channels=cfg.latent_channels, norm_num_groups=min(32, cfg.vae_channels[0] // 2))
@@ -250,23 +266,27 @@ class WorldSim(nn.Module):
 
     # ---- frames and latents ----
     def fold(self, frames):
-        """uint8 (B, 3, H, W) -> [-1, 1] (B, 3 p p, H/p, W/p). Raises UserError on frames of another size."""
+        """(B, 3, H, W), 0 to 255 -> [-1, 1] (B, 3 p p, H/p, W/p). Raises UserError on frames of another size."""
         data.check_frames(frames, self.cfg.image_size, "simulator")
         return rearrange(frames.float() / 127.5 - 1, "b c (h p) (w q) -> b (c p q) h w", p=self.cfg.patch, q=self.cfg.patch)
 
-    @torch.no_grad()
-    def encode(self, frames):
-        """uint8 (..., 3, H, W) -> (..., C, h, w), standardised."""
-        parts = [self.vae.encode(self.fold(part)) for part in frames.flatten(0, -4).split(64)]
-        latents = torch.cat([part.latent_dist.mode() if self.cfg.vae_channels else part for part in parts])
-        return ((latents - self.latent_mean) / self.latent_std).unflatten(0, frames.shape[:-3])
+    def to_latents(self, frames):
+        """(B, 3, H, W), 0 to 255 -> (B, C, h, w), standardised."""
+        latents = self.vae.encode(self.fold(frames))
+        return ((latents.latent_dist.mode() if self.cfg.vae_channels else latents) - self.latent_mean) / self.latent_std
 
-    def decode(self, latents):
-        """(..., C, h, w) -> uint8 (..., 3, H, W), 255 levels like a real frame."""
+    def to_frames(self, latents):
+        """(..., C, h, w) -> (..., 3, H, W), about 0 to 255."""
         folded = self.vae.decode(latents.flatten(0, -4) * self.latent_std + self.latent_mean)
-        folded = folded.sample if self.cfg.vae_channels else folded
-        frames = rearrange(folded, "b (c p q) h w -> b c (h p) (w q)", p=self.cfg.patch, q=self.cfg.patch)
-        return ((frames + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).unflatten(0, latents.shape[:-3])
+        folded, p = folded.sample if self.cfg.vae_channels else folded, self.cfg.patch
+        return (rearrange(folded, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p).unflatten(0, latents.shape[:-3]) + 1) * 127.5
+
+    @torch.no_grad()
+    def encode(self, frames):  # uint8 (..., 3, H, W) -> (..., C, h, w)
+        return torch.cat([self.to_latents(part) for part in frames.flatten(0, -4).split(64)]).unflatten(0, frames.shape[:-3])
+
+    def decode(self, latents):  # (..., C, h, w) -> uint8 (..., 3, H, W), 255 levels like a real frame
+        return self.to_frames(latents).round().clamp(0, 255).to(torch.uint8)
 
     def vae_loss(self, frames):
         """Reconstruction of uint8 frames (B, 3, H, W), and a KL term that only keeps the latents bounded."""
@@ -281,21 +301,40 @@ class WorldSim(nn.Module):
         return Memory(self.encode(frames)[:, None], camera, camera.new_zeros(len(frames), 8), camera.new_tensor([REST] * len(frames)))
 
     def condition(self, recalled, proprio, actions, path, camera):
-        """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> what `StackedUNet.forward` takes."""
-        cfg, gap = self.cfg, self.cfg.chunk_size // self.cfg.frames_per_chunk
-        at = slice(gap - 1, None, gap)  # the actions after which frames are predicted
-        maps = action_map(torch.cat([proprio[:, None], path[:, at]], 1), camera, self.size).unflatten(1, (-1, 5))
+        """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> what `StackedUNet.forward` takes, and
+        how far the gripper moves on the image until each frame (B, F, 2)."""
+        cfg, shown = self.cfg, torch.cat([proprio[:, None], path[:, self.frames_at]], 1)
+        seen = project(shown, camera)
+        maps = rearrange(action_map(seen, shown[..., 6:], 4 * self.size), "b n c (h p) (w q) -> b n (c p q) h w", p=4, q=4)
         maps = F.pad(maps, (0, 0) * 3 + (cfg.memory - 1, 0))  # black on all memory frames but the last
         steps = torch.cat([actions, (path - proprio[:, None]) / self.dynamics.scale], -1)
         if self.training:
             keep = torch.rand(2, len(steps), 1, 1, device=steps.device) >= cfg.condition_dropout
             maps, steps = maps * keep[0][..., None, None], steps * keep[1]
         known = torch.cat([recalled, repeat(recalled[:, -1], "b c h w -> b f c h w", f=cfg.frames_per_chunk)], 1)
-        return known, maps, steps, (proprio - self.dynamics.mean) / self.dynamics.std
+        return known, maps, steps, (proprio - self.dynamics.mean) / self.dynamics.std, (seen[:, 1:] - seen[:, :1])[..., 0]
 
     def denoise(self, noisy, timestep, *conditions):  # -> `prediction` for noisy (B, F, C, h, w) at timestep (B,)
+        *conditions, moved = conditions
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.cfg.bf16):
-            return self.denoiser(noisy, timestep, *conditions).float()
+            output = self.denoiser(noisy, timestep, *conditions).float()
+        return self.copy(output, conditions[0][:, :self.cfg.memory], moved) if self.cfg.warp else output
+
+    def copy(self, output, recalled, moved):
+        """Compose the chunk's frames of the n = M + 1 that are known: the memory (B, M, C, h, w), and its last once more, moved with the
+        gripper by (B, F, 2). `output` (B, F, C + 24 n, h, w) holds what to add, for each of the n a flow, 2 x 2 per cell, and a mask,
+        4 x 4 per cell. -> (B, F, C, h, w). What two cores cannot learn to draw stays sharp (as in CDNA, arXiv 1605.07157)."""
+        C, M, size = self.cfg.latent_channels, self.cfg.memory, (self.cfg.image_size,) * 2
+        change, flow, mask = output.flatten(0, 1).split((C, 8 * (M + 1), 16 * (M + 1)), 1)
+        enlarge = lambda x, times: F.interpolate(F.pixel_shuffle(x, times), size, mode="bilinear")
+        with torch.no_grad():
+            known = self.to_frames(torch.cat([recalled, recalled[:, -1:]], 1)).repeat_interleave(output.shape[1], 0).flatten(0, 1)
+        still = F.affine_grid(torch.eye(2, 3, device=known.device).expand(len(known), 2, 3), known.shape, align_corners=False)
+        flow = rearrange(0.1 * enlarge(flow, 2), "b (n d) h w -> (b n) h w d", d=2)
+        flow = flow - F.pad(moved.flatten(0, 1)[:, None], (0, 0, M, 0)).flatten(0, 1)[:, None, None]
+        bent = F.grid_sample(known, still + flow, padding_mode="border", align_corners=False).unflatten(0, (-1, M + 1))
+        mixed = (bent * enlarge(mask, 4).softmax(1)[:, :, None]).sum(1)
+        return change.unflatten(0, output.shape[:2]) + (self.to_latents(mixed).unflatten(0, output.shape[:2]) - recalled[:, -1:]) / self.change_std
 
     def sample(self, recalled, conditions, steps, generator=None):  # -> latents (B, F, C, h, w) of the chunk's frames, by DDIM
         shape = len(recalled), self.cfg.frames_per_chunk, *recalled.shape[2:]
@@ -304,7 +343,7 @@ class WorldSim(nn.Module):
         for t in self.scheduler.timesteps:
             output = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
             changes = self.scheduler.step(output, t, changes).prev_sample
-        return recalled[:, -1:] * self.cfg.residual + F.softshrink(changes, self.cfg.still) * self.change_std
+        return recalled[:, -1:] * self.cfg.residual + changes * self.change_std
 
     @torch.no_grad()
     def predict(self, memory: Memory, proprio, action_chunk, generator=None):
@@ -337,7 +376,7 @@ class WorldSim(nn.Module):
                 imagined += self.sample(recalled, conditions, 1).unbind(1) if batch is not stages[-1] else []
         changes = (batch["target"] - recalled[:, -1:] * self.cfg.residual) / self.change_std
         u = torch.rand(len(changes), device=changes.device)
-        u = torch.where(torch.rand_like(u) < self.cfg.pure_noise, 1.0, self.cfg.shift * u / (1 + (self.cfg.shift - 1) * u))
+        u = torch.where(torch.rand_like(u) < self.cfg.pure_noise, 1.0, u)
         timestep, epsilon = (u * 1000).long().clamp(max=999), torch.randn_like(changes)
         output = self.denoise(self.scheduler.add_noise(changes, epsilon, timestep), timestep, *conditions)
         target = changes if self.cfg.prediction == "sample" else self.scheduler.get_velocity(changes, epsilon, timestep)
@@ -477,7 +516,8 @@ def train(cfg: Config):
             return world_sim.dynamics_loss(motion([moves[i] for i in rng.integers(len(moves), size=128)], 2 * cfg.chunk_size, device))
         if not latents:
             latents.append(world_sim.encode(frames))
-        own, size = rng.integers(cfg.own_chunks + 1), -(-cfg.batch_size // processes.num_processes)
+        own = rng.integers(1 + np.ceil(cfg.own_chunks * (step - cfg.vae_steps - cfg.dynamics_steps) / cfg.steps))  # more and more
+        size = -(-cfg.batch_size // processes.num_processes)
         return world_sim.loss(make_batch(rows, latents[0], cfg, rng, device, size, own))
 
     @torch.no_grad()

@@ -99,7 +99,8 @@ def check_camera(env):
     fingers = np.concatenate([where(env, "gripper0_leftfinger"), where(env, "gripper0_rightfinger")])
     assert len(fingers) > 10
     assert (fingers.min(0) - 0.01 < [v / depth, u / depth]).all() and ([v / depth, u / depth] < fingers.max(0) + 0.01).all()
-    drawn = world_sim.action_map(torch.tensor(env.proprio())[None, None], torch.tensor(env.task.camera, dtype=torch.float32)[None], 24)[0, 0]
+    proprio, camera = torch.tensor(env.proprio())[None, None], torch.tensor(env.task.camera, dtype=torch.float32)[None]
+    drawn = world_sim.action_map(world_sim.project(proprio, camera), proprio[..., 6:], 24)[0, 0, 0]
     row, column = (np.array(divmod(int(drawn.argmax()), 24)) + 0.5) / 24
     assert drawn.max() > 0.4  # the brightest of 24 x 24 cells is between the fingers, half a cell of rounding apart
     assert (fingers.min(0) - 0.5 / 24 < [row, column]).all() and ([row, column] < fingers.max(0) + 0.5 / 24).all()

@@ -30,7 +30,7 @@ def start(world_sim, camera, same=False, B=2):
     obs = {key: value[:1].expand(B, *value.shape[1:]) if same else value for key, value in make_obs(B).items() if key != "instruction"}
     actions = torch.rand(1, K, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
-        return world_sim.remember(obs["frames"], camera.expand(B, 3, 4)), obs["proprio"], actions.expand(B, K, 7)
+        return world_sim.remember(obs["frames"], obs["proprio"], camera.expand(B, 3, 4)), obs["proprio"], actions.expand(B, K, 7)
 
 
 # ---- memory and noise ----------------------------------------------------------------------------------------------------
@@ -146,9 +146,9 @@ def test_each_frame_of_a_chunk_is_shown_the_pose_after_its_own_actions(world_sim
     """Frame f of F follows K / F * (f + 1) actions; its part of the action map moves with that pose and with no other."""
     memory, proprio, actions = start(world_sim, camera)
     path = proprio[:, None].repeat(1, K, 1)
-    recalled = memory.latents[:, [0] * CFG.memory]
-    maps = lambda path: world_sim.condition(recalled, proprio, actions, path, memory.camera)[1][:, CFG.memory - 1:]
-    assert world_sim.condition(recalled, proprio, actions, path, memory.camera)[1][:, :CFG.memory - 1].abs().max() == 0
+    recalled, points = memory.latents[:, [0] * CFG.memory], memory.points[:, [0] * CFG.memory]
+    maps = lambda path: world_sim.condition(recalled, points, proprio, actions, path, memory.camera)[1][:, CFG.memory - 1:]
+    assert world_sim.condition(recalled, points, proprio, actions, path, memory.camera)[1][:, :CFG.memory - 1].abs().max() == 0
     for step in range(K):
         moved = path.clone()
         moved[:, step, 1] += 0.2
@@ -179,7 +179,7 @@ def test_other_robots_and_chunk_sizes_are_the_users_error(world_sim, camera, sha
 
 def test_frames_of_another_size_are_the_users_error(world_sim, camera):
     with pytest.raises(data.UserError, match="image-size 32"):
-        world_sim.remember(make_obs(1, size=48)["frames"], camera)
+        world_sim.remember(make_obs(1, size=48)["frames"], make_obs(1)["proprio"], camera)
 
 
 def test_open_loop_gives_the_first_frame_and_F_frames_a_chunk(world_sim):
@@ -209,7 +209,7 @@ def test_the_video_unet_sees_latents_condition_mask_and_map_of_each_frame(camera
     forward = world_sim.denoiser.unet.forward
     monkeypatch.setattr(world_sim.denoiser.unet, "forward", lambda x, t, encoder_hidden_states: seen.append((x, encoder_hidden_states)) or forward(x, t, encoder_hidden_states))
     batch, M, C = make_training_batch(world_sim, camera), CFG.memory, CFG.latent_channels
-    conditions = world_sim.condition(batch["recalled"], batch["proprio"], batch["actions"], batch["path"], batch["camera"])
+    conditions = world_sim.condition(batch["recalled"], batch["points"], batch["proprio"], batch["actions"], batch["path"], batch["camera"])
     noisy = torch.randn_like(batch["target"])
     out = world_sim.denoise(noisy, torch.tensor([999, 5]), *conditions)
     x, tokens = seen[0][0].transpose(1, 2), seen[0][1]
@@ -225,11 +225,11 @@ def test_the_video_unet_sees_latents_condition_mask_and_map_of_each_frame(camera
 def test_conditions_are_dropped_in_training_only(world_sim, camera):
     world_sim.cfg = dataclasses.replace(CFG, condition_dropout=0.5)
     batch = make_training_batch(world_sim, camera, B=64)
-    conditions = lambda: world_sim.condition(batch["recalled"], batch["proprio"], batch["actions"], batch["path"], batch["camera"])
-    known, maps, steps, _ = conditions()
+    conditions = lambda: world_sim.condition(batch["recalled"], batch["points"], batch["proprio"], batch["actions"], batch["path"], batch["camera"])
+    known, maps, steps, *_ = conditions()
     assert maps.flatten(1).any(1).all() and steps.flatten(1).any(1).all()
     world_sim.train()
-    same, dropped_maps, dropped_steps, _ = conditions()
+    same, dropped_maps, dropped_steps, *_ = conditions()
     kept = [(x.flatten(1) != 0).any(1) for x in (dropped_maps, dropped_steps)]
     assert torch.equal(same, known) and all(15 < k.sum() < 49 for k in kept) and not torch.equal(*kept)
     assert torch.equal(dropped_maps[kept[0]], maps[kept[0]]) and torch.equal(dropped_steps[kept[1]], steps[kept[1]])
@@ -356,8 +356,8 @@ def test_analytic_dynamics_moves_as_mujoco_does(env):
 
 def test_action_map_peaks_at_the_projected_gripper(camera):
     proprio = make_obs(4)["proprio"][:, None]
-    maps = script.action_map(proprio, camera.expand(4, 3, 4), 64)
-    for pose, drawn in zip(proprio[:, 0], maps):
+    maps = script.action_map(script.project(proprio, camera.expand(4, 3, 4)), proprio[..., 6:], 64)
+    for pose, drawn in zip(proprio[:, 0], maps[:, 0]):
         u, v, depth = camera[0] @ torch.cat([pose[:3], torch.ones(1)])
         row, column = divmod(int(drawn[0].argmax()), 64)
         assert abs(column + 0.5 - 64 * u / depth) <= 0.51 and abs(row + 0.5 - 64 * v / depth) <= 0.51 and drawn[0].max() > 0.5
@@ -367,7 +367,7 @@ def test_action_map_peaks_at_the_projected_gripper(camera):
 def test_action_map_is_black_when_the_gripper_is_out_of_view(camera):
     proprio = make_obs(1)["proprio"][:, None]
     proprio[..., 1] += 3.0
-    assert script.action_map(proprio, camera, 16).max() < 1e-6
+    assert script.action_map(script.project(proprio, camera), proprio[..., 6:], 16).max() < 1e-6
 
 
 # ---- learning ------------------------------------------------------------------------------------------------------------
@@ -427,7 +427,7 @@ def make_training_batch(world_sim, camera, B=2):
     memory, proprio, actions = start(world_sim, camera, B=B)
     generator = torch.Generator().manual_seed(1)
     random = lambda n: torch.randn(B, n, CFG.latent_channels, world_sim.size, world_sim.size, generator=generator)
-    return dict(recalled=random(CFG.memory), own=torch.full((B, CFG.memory), -1), target=random(F), proprio=proprio, velocity=memory.velocity,
+    return dict(recalled=random(CFG.memory), own=torch.full((B, CFG.memory), -1), target=random(F), points=memory.points.expand(B, CFG.memory, 2, 4), proprio=proprio, velocity=memory.velocity,
                 previous=memory.action, actions=actions, camera=memory.camera, path=proprio[:, None] + 0.01 * torch.randn(B, K, 8, generator=generator).cumsum(1))
 
 
