@@ -33,7 +33,8 @@ SUITES = {"goal": "libero_goal", "object": "libero_object", "spatial": "libero_s
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}  # OpenVLA-OFT
 SETTLE_STEPS = 10  # initial states have objects 5 cm above the table
 FORMAT = "world-env-1"
-EXPLORE_FIRST = "run: python evaluate.py --explore (or use --kinds expert)"
+MISSING = {"explore": "run: python evaluate.py --explore (or use --kinds expert)",
+           "imagined": "run: python evaluate.py --imagine (or use --kinds expert explore)"}
 # agentview in libero/envs/problems/*.py: x and height (m) over the middle line, degrees between its view and straight down
 CAMERAS = {"tabletop": (0.6586, 1.6104, 51.0777), "floor": (0.8966, 0.65, 58.0776), "study_tabletop": (0.4586, 1.6104, 51.0777),
            "living_room_tabletop": (0.6066, 0.96, 58.0776)}
@@ -114,14 +115,14 @@ class Episode:
     states: np.ndarray       # (T+1, D) float64, flattened simulator states ((0, 0) where the file has none)
     instruction: str
     task: str                # LIBERO's task name
-    source: str              # "expert" or "explore"
+    source: str              # "expert", "explore", or "imagined" (frames of the simulator, outcome of the real episode)
     index: int = 0           # demo id, or number of the exploration episode
     camera: np.ndarray = None        # (3, 4) `Task.camera`, filled in by `load_episodes`
     wrist_frames: np.ndarray = None  # (F, 3, H, W) uint8 of the camera in the hand, where asked for
 
     @property
     def held_out(self):  # every fifth exploration episode, to validate simulator and reflector on
-        return self.source == "explore" and self.index % 5 == 4
+        return self.source != "expert" and self.index % 5 == 4
 
 
 def orient(image: np.ndarray) -> np.ndarray:
@@ -236,13 +237,13 @@ def check_frames(frames, image_size, who):  # frames (..., 3, H, W)
 
 def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=None, wrist=False) -> list[Episode]:
     """Episodes of `tasks` below directories (or files) `demos`, else the shipped demonstrations, rendered: of each task's expert
-    ones `np.linspace(0, n-1, demos_per_task)`, of exploration all. `image_size` None takes files as they are. Raises UserError."""
+    ones `np.linspace(0, n-1, demos_per_task)`, of others all. `image_size` None takes files as they are. Raises UserError."""
     require(demos_per_task >= 1, f"got --demos-per-task {demos_per_task}, expected at least 1")
     roots = [Path(d) for d in ([demos] if isinstance(demos, (str, Path)) else demos)]
     by_task, below = {task.name: task for task in tasks}, f"below {', '.join(map(str, roots))}"
     found = {(name, kind): {} for name in by_task for kind in kinds}  # -> {demo id: path}
     for root in roots:
-        require(root.exists(), f"{root} not found; {EXPLORE_FIRST if root.name == 'explore' else 'data/ has demonstrations'}")
+        require(root.exists(), f"{root} not found; {MISSING.get(root.name, 'data/ has demonstrations')}")
         for path in [root] if root.is_file() else sorted(root.rglob("*.hdf5")):
             if path.name.startswith(".") or root / "rendered" in path.parents:  # being written by another process, or see below
                 continue
@@ -267,12 +268,13 @@ def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=
             chosen.append(f"{task.suite}:{task.index} {','.join(map(str, ids))}")
         episodes += [dataclasses.replace(e, camera=task.camera) for i in ids for e in read_libero_hdf5(paths[i], [i], wrist)]
     print("demonstrations:", "; ".join(chosen) or "none")
-    require({"explore"} & set(kinds) <= {e.source for e in episodes}, f"no exploration episodes {below}; {EXPLORE_FIRST}")
+    for kind in set(kinds) & set(MISSING):
+        require(kind in {e.source for e in episodes}, f"no {kind} episodes {below}; {MISSING[kind]}")
     return episodes
 
 
 def training_episodes(cfg, image_size, demos_per_task, kinds):  # -> (training, held-out) episodes of a run
-    roots = [cfg.demos] + [run_dir(cfg) / "explore"] * ("explore" in kinds)
+    roots = [cfg.demos] + [run_dir(cfg) / kind for kind in MISSING if kind in kinds]
     episodes = load_episodes(roots, parse_tasks(cfg.tasks), demos_per_task, kinds, image_size)
     return [e for e in episodes if not e.held_out], [e for e in episodes if e.held_out]
 
@@ -413,7 +415,7 @@ def resume(path, kind, config, device="cpu", key="config", ignore=("run",)):
     if not Path(path).exists():
         return None, False
     checkpoint, asked = load_checkpoint(path, kind, device), plain(config)
-    differ = [name for name in asked if name not in ignore and checkpoint[key].get(name) != asked[name]]
+    differ = [n for n in asked if n not in ignore and f"{checkpoint[key].get(n)}".rstrip("/") != f"{asked[n]}".rstrip("/")]  # data/
     made = ", ".join(f"{name}={checkpoint[key].get(name)!r}, asked for {asked[name]!r}" for name in differ)
     require(not differ, f"{path} was made with {made}; delete it, or pass --run with a new name")
     return checkpoint, checkpoint["finished"]

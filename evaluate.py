@@ -2,6 +2,7 @@
 
   python evaluate.py --tasks goal --policy runs/goal-tiny/policy_rl.pt     # success on LIBERO's official initial states
   python evaluate.py --tasks goal --explore     # noisy SFT policy -> runs/goal-tiny/explore/*.hdf5, successes and failures
+  python evaluate.py --tasks goal --imagine     # the same episodes as the simulator imagines them -> runs/goal-tiny/imagined/
   python evaluate.py --tasks goal --report      # simulator and reflector against held-out exploration episodes
   python evaluate.py --tasks libero_goal_swap --policy runs/goal-tiny/policy_rl.pt   # LIBERO-90 and LIBERO-PRO: any suite by name
 
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 import data
 from policy import load_policy
@@ -51,6 +52,7 @@ class Config:
     explore_horizon: float = 0.6  # exploration: fraction of the suite's step limit
     frame_every: int = 4  # exploration: control steps between stored frames
     past_success: int = 16  # exploration: steps recorded past the first success
+    imagine: bool = False  # replay the exploration episodes in world_sim.pt and store what it imagines, for the reflector to learn from
     report: bool = False  # measure the reality gap of world_sim.pt and reflector.pt instead
 
 
@@ -353,6 +355,28 @@ def explore(cfg: Config):
           f"{sum(len(e.actions) for e in episodes)} real interactions")
 
 
+# ---- imagined episodes -----------------------------------------------------------------------------------------------------
+
+def imagined_twins(world_sim, episodes):
+    """The same episodes with the frames that the simulator imagines at the end of each chunk of their actions, and the real outcome."""
+    K, frames = world_sim.cfg.chunk_size, replay(world_sim, episodes)[0][:, ::world_sim.cfg.frames_per_chunk]
+    return [dataclasses.replace(e, frames=seen[:len(e.actions) // K + 1], frame_steps=np.arange(0, len(e.actions) + 1, K),
+                                source="imagined", wrist_frames=None) for e, seen in zip(episodes, frames)]
+
+
+def imagine(cfg: Config):
+    """Store the imagined twin of every exploration episode; those younger than the simulator are kept."""
+    tasks, run = data.parse_tasks(cfg.tasks), data.run_dir(cfg)
+    world_sim, by_name = load_world_sim(run / "world_sim.pt"), {task.name: task for task in tasks}
+    path = lambda e: run / "imagined" / f"{e.task}_{e.index}.hdf5"
+    fresh = lambda e: path(e).exists() and path(e).stat().st_mtime > (run / "world_sim.pt").stat().st_mtime
+    episodes = [e for e in data.load_episodes(run / "explore", tasks, kinds=("explore",)) if not fresh(e)]
+    for start in trange(0, len(episodes), 50, desc="imagine", mininterval=2):
+        for twin in imagined_twins(world_sim, episodes[start:start + 50]):
+            data.write_libero_hdf5(path(twin), twin, by_name[twin.task].suite)
+    print(f"{len(list((run / 'imagined').glob('*.hdf5')))} imagined episodes in {run / 'imagined'}")
+
+
 # ---- the reality gap -------------------------------------------------------------------------------------------------------
 
 def evaluate_world_sim(world_sim, episodes, horizons=(8, 64, 160)) -> dict:
@@ -385,12 +409,11 @@ def stability(world_sim, episodes, steps=304) -> dict:
 def success_agreement(world_sim, reflector, episodes) -> dict:
     """The same actions in MuJoCo and in the simulator: does the reflector find in the imagined frames the outcome that was real?"""
     K, cfg = world_sim.cfg.chunk_size, reflector.cfg
-    imagined = replay(world_sim, episodes)[0][:, ::world_sim.cfg.frames_per_chunk]
     outcomes = dict(real=[bool(e.success.any()) for e in episodes], seen_real=[], seen_imagined=[])
-    for episode, frames in zip(episodes, imagined):
-        at = episode.frame_steps % K == 0
-        for name, seen in dict(seen_real=episode.frames[at], seen_imagined=frames[:at.sum()]).items():
-            score = torch.from_numpy(reflector.score(dataclasses.replace(episode, frames=seen)))[None]
+    for episode, twin in zip(episodes, imagined_twins(world_sim, episodes)):
+        real = dataclasses.replace(episode, frames=episode.frames[episode.frame_steps % K == 0])
+        for name, seen in dict(seen_real=real, seen_imagined=twin).items():
+            score = torch.from_numpy(reflector.score(seen))[None]
             outcomes[name].append(bool(stops(score, reflector.threshold.cpu(), cfg.min_steps, cfg.patience).any()))
     real, seen_real, seen = (np.array(x) for x in outcomes.values())
     by_chance = real.mean() * seen.mean() + (1 - real.mean()) * (1 - seen.mean())
@@ -427,10 +450,11 @@ def report(cfg: Config):
     result = dict(world_sim=evaluate_world_sim(world_sim, episodes) | stability(world_sim, episodes)
                   | {f"{name}_episodes": evaluate_world_sim(world_sim, part) for name, part in
                      dict(successful=outcome(True), failed=outcome(False)).items() if part},
-                  agreement=success_agreement(world_sim, reflector, episodes), reflector=evaluate_reflector(reflector, episodes))
-    for episode, frames in zip(episodes, replay(world_sim, episodes)[0][:, ::world_sim.cfg.frames_per_chunk]):
-        steps = [i for i, s in enumerate(episode.frame_steps) if s % world_sim.cfg.chunk_size == 0]
-        side_by_side = np.concatenate([episode.frames[steps], frames[:len(steps)]], -1)  # real | imagined
+                  agreement=success_agreement(world_sim, reflector, episodes), reflector=evaluate_reflector(reflector, episodes),
+                  reflector_on_imagined=evaluate_reflector(reflector, twins := imagined_twins(world_sim, episodes)))
+    for episode, twin in zip(episodes, twins):
+        real = episode.frames[episode.frame_steps % world_sim.cfg.chunk_size == 0]
+        side_by_side = np.concatenate([real, twin.frames], -1)  # real | imagined
         data.save_video(run / "videos" / f"gap_{episode.task}_{episode.index}.mp4", side_by_side, fps=4)
     print(json.dumps(result, indent=1))
     save_json(run / "report.json", result)
@@ -446,6 +470,8 @@ def save_json(path, value):
 def main(cfg: Config):
     if cfg.explore:
         return explore(cfg)
+    if cfg.imagine:
+        return imagine(cfg)
     if cfg.report:
         return report(cfg)
     began, path = time.time(), cfg.policy or str(data.run_dir(cfg) / "policy_sft.pt")

@@ -234,13 +234,14 @@ def main(cfg: Config):
     stages = [("policy_sft", policy_script.train, preset(policy_script, demos=cfg.demos)),
               ("explore", evaluate.explore, preset(evaluate, explore=True)),
               ("world_sim", world_sim_script.train, preset(world_sim_script, demos=cfg.demos)),
+              ("imagine", evaluate.imagine, preset(evaluate)),
               ("reflector", reflector_script.train, preset(reflector_script, demos=cfg.demos)), ("ppo_loop", train, cfg)]
     for number, (name, stage, config) in enumerate(stages, 1):
-        print(f"\n[{number}/6] {name}")
+        print(f"\n[{number}/7] {name}")
         since = time.time()
         stage(config)
         seconds[name] = round(time.time() - since)
-    print("\n[6/6] real LIBERO, SFT against RL on the same initial states")
+    print("\n[7/7] real LIBERO, SFT against RL on the same initial states")
     since, eval_cfg = time.time(), preset(evaluate, episodes=cfg.eval_episodes)
     result = evaluate.compare(run / "policy_sft.pt", run / "policy_rl.pt", eval_cfg)
     seconds["evaluate"] = round(time.time() - since)

@@ -11,7 +11,7 @@ Dims: B batch, T frames so far, P tokens per frame, D width, H W pixels.
 Differs from the paper: `tiny` trains a small LLaVA from scratch instead of a head on a frozen one, with a ResNet for its vision
 tower; it sees 2 frames, first and last, instead of 32, blurred at random in training because imagined frames are softer than
 real ones. (Trained from scratch, a head on the last text token learned nothing in 300 steps; the mean over o_t's tokens does.)
-Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/reflector.pt, reflector.jsonl.
+Reads: demonstrations (--demos), runs/<run>/explore/, runs/<run>/imagined/.  Writes: runs/<run>/reflector.pt, reflector.jsonl.
 
   python reflector.py --demos data/
 """
@@ -35,7 +35,7 @@ class Config:
     preset: str = "tiny"  # smoke or tiny; every other flag overrides it
     seed: int = 0  # of weights and batches
     demos_per_task: int = 5  # expert demonstrations used
-    kinds: tuple[str, ...] = ("expert", "explore")  # training data
+    kinds: tuple[str, ...] = ("expert", "explore", "imagined")  # training data
     image_size: int = 96  # H = W in pixels
     frames: int = 2  # frames seen at once, uniformly picked from those so far; the paper: 32
     tower: tuple[int, ...] = (32, 64, 128)  # channels of the ResNet stages, each halving the resolution after a stem of 4
@@ -46,7 +46,7 @@ class Config:
     patience: int = 1  # consecutive scores above the threshold needed to stop
     wrong_instruction: float = 0.15  # share of samples shown with another task's instruction, label 0
     jitter: float = 0.2  # brightness and contrast augmentation
-    steps: int = 700  # gradient steps
+    steps: int = 1500  # gradient steps
     batch_size: int = 32  # B
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay
     save_every: int = 100  # steps between checkpoints, what a kill can cost
@@ -212,8 +212,8 @@ def train(cfg: Config):
     def choose_where_training_did_not_look(step):
         if step == cfg.steps:
             reflector.eval()
-            judged = [(reflector.score(e), e.success[e.frame_steps]) for e in held_out or episodes]
-            reflector.threshold.fill_(choose_threshold(*(np.concatenate(x) for x in zip(*judged))))
+            judged = [(reflector.score(e).max(), e.success.any()) for e in held_out or episodes]  # would it stop, should it
+            reflector.threshold.fill_(choose_threshold(*zip(*judged)))
         return dict(threshold=reflector.threshold)
 
     data.fit(cfg, "reflector", reflector, optimizer, checkpoint, (cfg.steps,), loss_of, choose_where_training_did_not_look,

@@ -3,18 +3,18 @@
 The recipe of EnerVerse-AC (EVAC, arXiv 2505.09723), which World-Env builds on, at a size two CPU cores can train:
   every frame is encoded by a VAE; memory = M latents picked sparsely from the past: first, 1/3, 2/3, last
   the chunk's F frames are denoised together, the memory frames beside them; of each frame the U-Net gets the noisy latent, the known
-    one (of the chunk the last of the memory, repeated), a mask, and an *action map*: the gripper's pose projected with the camera
-    onto the image plane, black background, opening as brightness; and the K actions, with the change of pose each leads to, as tokens
-  v-prediction, zero terminal SNR, loss on the chunk's frames only, DDIM with trailing steps; so that errors do not pile up in rollouts,
-  training adds noise to the memory, or lets the simulator imagine the chunks before the one that it learns from
+    one (of the chunk the last of the memory), a mask, and an *action map*: the gripper's pose projected with the camera onto the image
+    plane, black background, opening as brightness; and the K actions, with the change of pose each leads to, as tokens
+  v-prediction, zero terminal SNR, DDIM with trailing steps; so that errors do not pile up, training adds noise to the memory, or lets
+    the simulator imagine the chunks before the one that it learns from
   proprio: an analytic step of the OSC controller plus a learned residual (`Dynamics`)
 Chunk after chunk, the last predicted frame and proprio go back to the policy, the latents into the memory: no physics.
 Dims: B batch, K chunk_size, F frames_per_chunk, M memory, C latent channels, h w latent size, H W pixels.
 
-Differs from EVAC: no CLIP tokens, no ray maps, action maps at latent size; `paper` starts from ModelScope's text-to-video model.
-`tiny` and `smoke` stack the frames as channels of a 2-D U-Net (7-20 times cheaper than a video U-Net on a CPU) with the actions in
-the time embedding; `tiny` and `base` denoise the change since the last memory frame: most of the scene stands still; `tiny`
-predicts the clean sample, has a linear VAE, and one frame per chunk, all that the policy sees.
+Differs from EVAC: no CLIP tokens, no ray maps; `paper` starts from ModelScope's text-to-video model. `tiny` and `smoke` stack the frames
+as channels of a 2-D U-Net (7-20 times cheaper than a video U-Net on a CPU), the actions in its time embedding; `tiny` and `base` denoise
+the change since the last memory frame: most of the scene stands still. `tiny` predicts the clean sample, copies what moves from the
+memory, has a linear VAE, and one frame per chunk, all that the policy sees.
 Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/world_sim.pt, world_sim.jsonl, world_sim_*.png.
 
   python world_sim.py --demos data/
@@ -63,7 +63,7 @@ class Config:
     sampling_steps: int = 1  # DDIM steps; EVAC: 27
     vae_steps: int = 0  # gradient steps of a convolutional VAE; the linear one is solved in closed form
     dynamics_steps: int = 4000  # then gradient steps of the proprio residual, milliseconds each
-    steps: int = 6000  # then gradient steps of the U-Net
+    steps: int = 4000  # then gradient steps of the U-Net
     batch_size: int = 16  # B, chunks of all processes together; frames per VAE step
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay, for each of these phases
     save_every: int = 500  # steps between checkpoints, what a kill can cost, and between looks at held-out episodes
@@ -78,16 +78,15 @@ PRESETS = {
                     prediction="v_prediction", sampling_steps=2, vae_steps=20, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
     "base": Config(preset="base", image_size=224, **EVAC | dict(vae_channels=(64, 128, 256, 256), frames_per_chunk=2),
                    channels=(128, 256, 256), hidden=512, sampling_steps=8, vae_steps=10000, steps=30000, lr=2e-4),
-    "paper": Config(preset="paper", image_size=224, **EVAC | dict(pure_noise=0), pretrained="ali-vilab/text-to-video-ms-1.7b", channels=(320, 640, 1280, 1280),
-                    hidden=1024, residual=False, sampling_steps=27, steps=100000, batch_size=64, lr=5e-5),
+    "paper": Config(preset="paper", image_size=224, **EVAC | dict(pure_noise=0), pretrained="ali-vilab/text-to-video-ms-1.7b",
+                    channels=(320, 640, 1280, 1280), hidden=1024, residual=False, sampling_steps=27, steps=100000, batch_size=64, lr=5e-5),
 }
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class Memory:
-    """What a batch of rollouts has seen so far."""
+class Memory:  # what a batch of rollouts has seen so far
     latents: torch.Tensor  # (B, n, C, h, w) every frame since the start, in order
     camera: torch.Tensor   # (B, 3, 4) world -> image, `Task.camera`
     velocity: torch.Tensor  # (B, 8) change of proprio in the last control step
@@ -148,8 +147,7 @@ def turn(axis_angle, delta):
 
 
 def project(proprio, camera):
-    """Gripper poses (B, n, 8) seen by cameras (B, 3, 4) -> (B, n, 2, 4): u and v, -1 to 1 in the image, of the grip site and of the
-    tips of its three axes (10 cm)."""
+    """Gripper poses (B, n, 8), cameras (B, 3, 4) -> (B, n, 2, 4): u, v in [-1, 1] of the grip site and the tips of its axes (10 cm)."""
     x, y, z, o = *proprio[..., 3:6].unbind(-1), torch.zeros_like(proprio[..., 0])
     rotation = torch.matrix_exp(rearrange(torch.stack([o, -z, y, z, o, -x, -y, x, o], -1), "b n (i j) -> b n i j", i=3))
     points = proprio[..., :3, None] + F.pad(0.1 * rotation, (1, 0))                                       # (B, n, 3, 4)
@@ -162,7 +160,7 @@ def action_map(points, fingers, size):
     the opening. After EVAC's action map; black where there is no gripper."""
     cells = (torch.arange(size, device=points.device) + 0.5) / size * 2 - 1
     du, dv = (points[..., None] - cells).unbind(2)                                                        # (B, n, 4, size)
-    dots = torch.exp(-(dv[..., :, None] ** 2 + du[..., None, :] ** 2) / (2 * (4 / size) ** 2))          # (B, n, 4, size, size)
+    dots = torch.exp(-(dv[..., :, None] ** 2 + du[..., None, :] ** 2) / (2 * (4 / size) ** 2))            # (B, n, 4, size, size)
     return torch.cat([dots, dots[:, :, :1] * ((fingers[..., :1] - fingers[..., 1:]) / 0.08)[..., None, None]], 2)
 
 
@@ -188,17 +186,13 @@ class LinearVAE(nn.Module):
         return torch.einsum("bchw,dc->bdhw", latents, self.basis) + self.background
 
 
-def latent_size(cfg):
-    return cfg.image_size // cfg.patch // 2 ** max(0, len(cfg.vae_channels) - 1)
-
-
 class StackedUNet(nn.Module):
     """A 2-D U-Net with the frames of memory and chunk as channels of one picture; the actions join its time embedding."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, size):
         super().__init__()
         from diffusers import UNet2DModel
-        C, chunk, levels, size = cfg.latent_channels, cfg.frames_per_chunk, len(cfg.channels), latent_size(cfg)
+        C, chunk, levels = cfg.latent_channels, cfg.frames_per_chunk, len(cfg.channels)
         outputs = torch.zeros(chunk, C + 24 * (cfg.memory + 1) * cfg.warp)
         self.unet = UNet2DModel(in_channels=(chunk + cfg.memory) * C + 80 * (chunk + 1) + 16, out_channels=outputs.numel(),
                                 block_out_channels=cfg.channels, layers_per_block=1, norm_num_groups=8,
@@ -221,42 +215,19 @@ class StackedUNet(nn.Module):
         return self.unet(x, timestep, class_labels=vector).sample.unflatten(1, (chunk, -1))
 
 
-class VideoUNet(nn.Module):
-    """A text-to-video U-Net over the frames of memory and chunk; in place of a text it attends to proprio and the K actions."""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        from diffusers import UNet3DConditionModel
-        levels = len(cfg.channels) - 1
-        self.unet = UNet3DConditionModel(in_channels=2 * cfg.latent_channels + 81, out_channels=cfg.latent_channels,
-                                         block_out_channels=cfg.channels, cross_attention_dim=cfg.hidden,
-                                         norm_num_groups=min(32, cfg.channels[0] // 2), attention_head_dim=min(64, cfg.channels[0] // 2),
-                                         down_block_types=("CrossAttnDownBlock3D",) * levels + ("DownBlock3D",),
-                                         up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * levels)
-        self.embed_steps, self.embed_proprio = nn.Linear(15, cfg.hidden), nn.Linear(8, cfg.hidden)
-        self.order = nn.Parameter(torch.randn(cfg.chunk_size, cfg.hidden))
-
-    def forward(self, noisy, timestep, known, maps, steps, proprio):
-        memory = known.shape[1] - noisy.shape[1]
-        mask = (torch.arange(known.shape[1], device=noisy.device) < memory).float()[:, None, None, None].expand_as(maps[:, :, :1])
-        x = torch.cat([torch.cat([known[:, :memory], noisy], 1), known, mask, maps], 2)
-        tokens = torch.cat([self.embed_proprio(proprio)[:, None], self.embed_steps(steps) + self.order], 1)
-        return self.unet(x.transpose(1, 2), timestep, encoder_hidden_states=tokens).sample.transpose(1, 2)[:, memory:]
-
-
 class WorldSim(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         from diffusers import AutoencoderKL, DDIMScheduler
         self.cfg, levels, folded = cfg, len(cfg.vae_channels), 3 * cfg.patch ** 2
-        self.size, gap = latent_size(cfg), cfg.chunk_size // cfg.frames_per_chunk
+        self.size, gap = cfg.image_size // cfg.patch // 2 ** max(0, levels - 1), cfg.chunk_size // cfg.frames_per_chunk
         self.frames_at = slice(gap - 1, None, gap)  # the actions after which frames are predicted
         if levels:
             self.vae = AutoencoderKL(folded, folded, ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels, cfg.vae_channels, 2,
                                      latent_channels=cfg.latent_channels, norm_num_groups=min(32, cfg.vae_channels[0] // 2))
         else:
             self.vae = LinearVAE(folded, cfg.latent_channels, self.size)
-        self.denoiser = VideoUNet(cfg) if cfg.video_unet else StackedUNet(cfg)
+        self.denoiser = data.beside("video_unet")(cfg) if cfg.video_unet else StackedUNet(cfg, self.size)
         self.dynamics = Dynamics(cfg.chunk_size, cfg.hidden)
         self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                                        prediction_type=cfg.prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing")
@@ -264,19 +235,16 @@ class WorldSim(nn.Module):
         for name in ("latent_mean", "latent_std", "change_std", "change_weight"):
             self.register_buffer(name, torch.full((cfg.latent_channels, 1, 1), float(name != "latent_mean")))
 
-    # ---- frames and latents ----
     def fold(self, frames):
         """(B, 3, H, W), 0 to 255 -> [-1, 1] (B, 3 p p, H/p, W/p). Raises UserError on frames of another size."""
         data.check_frames(frames, self.cfg.image_size, "simulator")
         return rearrange(frames.float() / 127.5 - 1, "b c (h p) (w q) -> b (c p q) h w", p=self.cfg.patch, q=self.cfg.patch)
 
-    def to_latents(self, frames):
-        """(B, 3, H, W), 0 to 255 -> (B, C, h, w), standardised."""
+    def to_latents(self, frames):  # (B, 3, H, W), 0 to 255 -> (B, C, h, w), standardised
         latents = self.vae.encode(self.fold(frames))
         return ((latents.latent_dist.mode() if self.cfg.vae_channels else latents) - self.latent_mean) / self.latent_std
 
-    def to_frames(self, latents):
-        """(..., C, h, w) -> (..., 3, H, W), about 0 to 255."""
+    def to_frames(self, latents):  # (..., C, h, w) -> (..., 3, H, W), about 0 to 255
         folded = self.vae.decode(latents.flatten(0, -4) * self.latent_std + self.latent_mean)
         folded, p = folded.sample if self.cfg.vae_channels else folded, self.cfg.patch
         return (rearrange(folded, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p).unflatten(0, latents.shape[:-3]) + 1) * 127.5
@@ -295,7 +263,6 @@ class WorldSim(nn.Module):
         error = F.mse_loss(self.vae.decode(posterior.sample()).sample, folded)
         return error + 1e-6 * posterior.kl().mean(), dict(vae_psnr=10 * torch.log10(4 / error.detach()))
 
-    # ---- one chunk ----
     def remember(self, frames, camera) -> Memory:
         """Start rollouts at frames uint8 (B, 3, H, W), seen by cameras (B, 3, 4)."""
         return Memory(self.encode(frames)[:, None], camera, camera.new_zeros(len(frames), 8), camera.new_tensor([REST] * len(frames)))
@@ -315,30 +282,28 @@ class WorldSim(nn.Module):
         return known, maps, steps, (proprio - self.dynamics.mean) / self.dynamics.std, (seen[:, 1:] - seen[:, :1])[..., 0]
 
     def denoise(self, noisy, timestep, *conditions):  # -> `prediction` for noisy (B, F, C, h, w) at timestep (B,)
-        *conditions, moved = conditions
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.cfg.bf16):
-            output = self.denoiser(noisy, timestep, *conditions).float()
-        return self.copy(output, conditions[0][:, :self.cfg.memory], moved) if self.cfg.warp else output
+            output = self.denoiser(noisy, timestep, *conditions[:-1]).float()
+        return self.copy(output, conditions[0][:, :self.cfg.memory], conditions[-1]) if self.cfg.warp else output
 
     def copy(self, output, recalled, moved):
         """Compose the chunk's frames of the n = M + 1 that are known: the memory (B, M, C, h, w), and its last once more, moved with the
-        gripper by (B, F, 2). `output` (B, F, C + 24 n, h, w) holds what to add, for each of the n a flow, 2 x 2 per cell, and a mask,
-        4 x 4 per cell. -> (B, F, C, h, w). What two cores cannot learn to draw stays sharp (as in CDNA, arXiv 1605.07157)."""
-        C, M, size = self.cfg.latent_channels, self.cfg.memory, (self.cfg.image_size,) * 2
-        change, flow, mask = output.flatten(0, 1).split((C, 8 * (M + 1), 16 * (M + 1)), 1)
-        enlarge = lambda x, times: F.interpolate(F.pixel_shuffle(x, times), size, mode="bilinear")
+        gripper by (B, F, 2). `output` (B, F, C + 24 n, h, w) holds a change, for each of the n a flow, 2 x 2 per cell, and a mask, 4 x 4
+        per cell -> (B, F, C, h, w). What two cores cannot learn to draw stays sharp (as in CDNA, arXiv 1605.07157)."""
+        cfg, n, (B, chunk) = self.cfg, self.cfg.memory + 1, output.shape[:2]
+        change, flow, mask = output.flatten(0, 1).split((cfg.latent_channels, 8 * n, 16 * n), 1)
+        enlarge = lambda x, times: F.interpolate(F.pixel_shuffle(x, times), (cfg.image_size,) * 2, mode="bilinear")
         with torch.no_grad():
-            known = self.to_frames(torch.cat([recalled, recalled[:, -1:]], 1)).repeat_interleave(output.shape[1], 0).flatten(0, 1)
-        still = F.affine_grid(torch.eye(2, 3, device=known.device).expand(len(known), 2, 3), known.shape, align_corners=False)
-        flow = rearrange(0.1 * enlarge(flow, 2), "b (n d) h w -> (b n) h w d", d=2)
-        flow = flow - F.pad(moved.flatten(0, 1)[:, None], (0, 0, M, 0)).flatten(0, 1)[:, None, None]
-        bent = F.grid_sample(known, still + flow, padding_mode="border", align_corners=False).unflatten(0, (-1, M + 1))
-        mixed = (bent * enlarge(mask, 4).softmax(1)[:, :, None]).sum(1)
-        return change.unflatten(0, output.shape[:2]) + (self.to_latents(mixed).unflatten(0, output.shape[:2]) - recalled[:, -1:]) / self.change_std
+            known = self.to_frames(torch.cat([recalled, recalled[:, -1:]], 1)).repeat_interleave(chunk, 0).flatten(0, 1)
+        stay = F.affine_grid(torch.eye(2, 3, device=known.device).expand(len(known), 2, 3), known.shape, align_corners=False)
+        flow = rearrange(0.1 * enlarge(flow, 2), "b (n d) h w -> (b n) h w d", d=2)  # -1 to 1 is the image
+        moved = F.pad(moved.flatten(0, 1)[:, None], (0, 0, n - 1, 0)).flatten(0, 1)[:, None, None]
+        bent = F.grid_sample(known, stay + flow - moved, padding_mode="border", align_corners=False).unflatten(0, (-1, n))
+        mixed = self.to_latents((bent * enlarge(mask, 4).softmax(1)[:, :, None]).sum(1)).unflatten(0, (B, chunk))
+        return change.unflatten(0, (B, chunk)) + (mixed - recalled[:, -1:]) / self.change_std
 
     def sample(self, recalled, conditions, steps, generator=None):  # -> latents (B, F, C, h, w) of the chunk's frames, by DDIM
-        shape = len(recalled), self.cfg.frames_per_chunk, *recalled.shape[2:]
-        changes = torch.randn(shape, generator=generator, device=recalled.device)
+        changes = torch.randn(len(recalled), self.cfg.frames_per_chunk, *recalled.shape[2:], generator=generator, device=recalled.device)
         self.scheduler.set_timesteps(steps)
         for t in self.scheduler.timesteps:
             output = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
@@ -349,13 +314,12 @@ class WorldSim(nn.Module):
     def predict(self, memory: Memory, proprio, action_chunk, generator=None):
         """Imagine one chunk: proprio (B, 8), LIBERO actions (B, K, 7) -> frames (B, F, 3, H, W) uint8, proprio (B, 8) at its end.
         `memory` is extended in place. Every rollout draws its own noise. Raises UserError on another action width or chunk size."""
-        cfg = self.cfg
-        data.require(action_chunk.shape[1:] == (cfg.chunk_size, 7), f"an action chunk has shape {tuple(action_chunk.shape[1:])}, this "
-                     f"simulator was trained on {(cfg.chunk_size, 7)}; train it again with --chunk-size {action_chunk.shape[1]}")
+        data.require(action_chunk.shape[1:] == (self.cfg.chunk_size, 7), f"an action chunk has shape {tuple(action_chunk.shape[1:])}, this "
+                     f"simulator was trained on {(self.cfg.chunk_size, 7)}; train it again with --chunk-size {action_chunk.shape[1]}")
         path = self.dynamics(proprio, memory.velocity, memory.action, action_chunk)
-        recalled = memory.latents[:, sparse_memory(memory.latents.shape[1], cfg.memory)]
+        recalled = memory.latents[:, sparse_memory(memory.latents.shape[1], self.cfg.memory)]
         conditions = self.condition(recalled, proprio, action_chunk, path, memory.camera)
-        latents = self.sample(recalled, conditions, cfg.sampling_steps, generator)
+        latents = self.sample(recalled, conditions, self.cfg.sampling_steps, generator)
         memory.latents = torch.cat([memory.latents, latents], 1)
         memory.velocity, memory.action = path[:, -1] - path[:, -2], action_chunk[:, -1]
         return self.decode(latents), path[:, -1]
@@ -375,9 +339,8 @@ class WorldSim(nn.Module):
                 conditions = self.condition(recalled, arm[0], arm[3], self.dynamics(*arm).detach(), batch["camera"])
                 imagined += self.sample(recalled, conditions, 1).unbind(1) if batch is not stages[-1] else []
         changes = (batch["target"] - recalled[:, -1:] * self.cfg.residual) / self.change_std
-        u = torch.rand(len(changes), device=changes.device)
-        u = torch.where(torch.rand_like(u) < self.cfg.pure_noise, 1.0, u)
-        timestep, epsilon = (u * 1000).long().clamp(max=999), torch.randn_like(changes)
+        u, epsilon = torch.rand(2, len(changes), device=changes.device), torch.randn_like(changes)
+        timestep = torch.where(u[0] < self.cfg.pure_noise, 999, (u[1] * 1000).long())
         output = self.denoise(self.scheduler.add_noise(changes, epsilon, timestep), timestep, *conditions)
         target = changes if self.cfg.prediction == "sample" else self.scheduler.get_velocity(changes, epsilon, timestep)
         loss = ((output - target) ** 2 * self.change_weight).mean()
@@ -474,8 +437,7 @@ def prepare(world_sim, frames, rows):
     spread = lambda x: (x.mean((0, 2, 3), keepdim=True)[0], x.std((0, 2, 3), keepdim=True)[0])
     world_sim.latent_mean, world_sim.latent_std = spread(world_sim.encode(frames[::4]))
     if cfg.residual:
-        some = [f for *_, f in rows[::max(1, len(rows) // 500)]]
-        before, after = ([f[at] for f in some] for at in (-1 - cfg.frames_per_chunk, -1))
+        before, after = ([f[at] for *_, f in rows[::max(1, len(rows) // 500)]] for at in (-1 - cfg.frames_per_chunk, -1))
         world_sim.change_std = spread(world_sim.encode(frames[after]) - world_sim.encode(frames[before]))[1]
         world_sim.change_weight = world_sim.change_std * world_sim.latent_std / (world_sim.change_std * world_sim.latent_std).mean()
     proprio = np.stack([e.proprio[t] for e, t, *_ in rows])
@@ -514,11 +476,9 @@ def train(cfg: Config):
             prepare(world_sim, frames, rows)
         if phase == 1:
             return world_sim.dynamics_loss(motion([moves[i] for i in rng.integers(len(moves), size=128)], 2 * cfg.chunk_size, device))
-        if not latents:
-            latents.append(world_sim.encode(frames))
+        latents[:] = latents or [world_sim.encode(frames)]
         own = rng.integers(1 + np.ceil(cfg.own_chunks * (step - cfg.vae_steps - cfg.dynamics_steps) / cfg.steps))  # more and more
-        size = -(-cfg.batch_size // processes.num_processes)
-        return world_sim.loss(make_batch(rows, latents[0], cfg, rng, device, size, own))
+        return world_sim.loss(make_batch(rows, latents[0], cfg, rng, device, -(-cfg.batch_size // processes.num_processes), own))
 
     @torch.no_grad()
     def look(step):  # at held-out episodes: the loss of their chunks, and pictures

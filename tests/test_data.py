@@ -220,7 +220,8 @@ def test_an_even_choice_of_demonstrations_is_loaded(tmp_path):
 
 
 def test_every_fifth_exploration_episode_is_held_out():
-    assert [make_episode(index=i, source="explore").held_out for i in range(10)] == ([False] * 4 + [True]) * 2
+    for source in ("explore", "imagined"):
+        assert [make_episode(index=i, source=source).held_out for i in range(10)] == ([False] * 4 + [True]) * 2
     assert not make_episode(index=4).held_out
 
 
@@ -664,6 +665,7 @@ def test_check_is_a_command(tmp_path):
 @dataclass
 class Config:
     run: str = ""
+    demos: str = "data"
     width: int = 3
     sizes: tuple[int, ...] = (1, 2)
 
@@ -702,10 +704,12 @@ def test_wrong_kind_damaged_foreign_and_missing_checkpoints_are_the_users_error(
 
 
 def test_a_checkpoint_made_with_other_flags_is_not_resumed(checkpoint):
-    found, finished = data.resume(checkpoint, "policy_sft", Config(run="another name"))
+    found, finished = data.resume(checkpoint, "policy_sft", Config(run="another name", demos="data/"))  # the same directory
     assert found["step"] == 3 and not finished
     with pytest.raises(data.UserError, match=r"sizes=\[1, 2\].*\[1, 3\].*delete it, or pass --run"):
         data.resume(checkpoint, "policy_sft", Config(sizes=(1, 3)))
+    with pytest.raises(data.UserError, match="demos='data', asked for 'other'"):
+        data.resume(checkpoint, "policy_sft", Config(demos="other"))
     assert data.resume(checkpoint.with_name("none.pt"), "policy_sft", Config()) == (None, False)
 
 

@@ -48,7 +48,7 @@ def test_one_command_leaves_every_artifact(smoke_run):
 
 def test_results_carry_their_protocol(smoke_run):
     result, gap = (json.loads((smoke_run.run / name).read_text()) for name in ("results.json", "report.json"))
-    assert set(result["policies"]) == {"policy_sft", "policy_rl"} and set(gap) == {"world_sim", "reflector", "agreement"}
+    assert set(result["policies"]) == {"policy_sft", "policy_rl"} and set(gap) == {"world_sim", "reflector", "reflector_on_imagined", "agreement"}
     assert gap["agreement"]["episodes"] == gap["reflector"]["episodes"] == 2 and {"psnr_imagined_8", "psnr_still_8", "ssim_frozen_8", "drift_mm_8", "contrast_304"} <= set(gap["world_sim"])
     for rows in result["policies"].values():
         assert set(rows["tasks"]) == {"libero_goal:1", "libero_goal:7"} and rows["trials"] == 2 == sum(row["trials"] for row in rows["tasks"].values())
@@ -71,7 +71,7 @@ def test_the_table_names_tasks_stop_rule_and_real_interactions(smoke_run):
     out, result = smoke_run.out, json.loads((smoke_run.run / "results.json").read_text())
     for text in ("libero_goal:1 put the bowl on the stove", "libero_goal:7 turn on the stove", "policy_sft", "policy_rl", "stop: oracle", f"{result['real_interactions']} steps"):
         assert text in out, text
-    assert [line[:5] for line in out.splitlines() if line[:1] == "["] == [f"[{i}/6]" for i in range(1, 7)]
+    assert [line[:5] for line in out.splitlines() if line[:1] == "["] == [f"[{i}/7]" for i in range(1, 8)]
 
 
 def test_the_same_command_again_trains_and_simulates_nothing(smoke_run, monkeypatch, capsys):
@@ -83,6 +83,29 @@ def test_the_same_command_again_trains_and_simulates_nothing(smoke_run, monkeypa
     out = capsys.readouterr().out
     assert out.count("is finished") == 4 and not any(word in out for word in ("rendering", "exploring:", "evaluating", "wrote"))
     assert stamps() == before and json.loads((smoke_run.run / "results.json").read_text())["policies"] == success
+
+
+def test_imagined_episodes_have_imagined_frames_and_the_real_outcome(smoke_run):
+    tasks, run = data.parse_tasks("goal:1,7"), smoke_run.run
+    real, imagined = (data.load_episodes(run / folder, tasks, kinds=(folder,)) for folder in ("explore", "imagined"))
+    assert len(real) == len(imagined) == 10 and sum(e.held_out for e in imagined) == 2
+    for a, b in zip(real, imagined):
+        at = a.frame_steps % 8 == 0
+        assert (b.source, b.task, b.index) == ("imagined", a.task, a.index) and np.array_equal(b.frame_steps, a.frame_steps[at])
+        assert np.array_equal(b.actions, a.actions) and np.array_equal(b.success, a.success)
+        assert np.array_equal(b.frames[0], a.frames[0]) and not any(map(np.array_equal, b.frames[1:], a.frames[at][1:]))
+
+
+def test_another_simulator_imagines_anew(smoke_run, tmp_path, monkeypatch):
+    shutil.copytree(smoke_run.run, tmp_path / "runs" / "x")
+    monkeypatch.chdir(tmp_path)
+    stamps = lambda: {path: path.stat().st_mtime_ns for path in Path("runs/x/imagined").glob("*.hdf5")}
+    before, cfg = stamps(), dataclasses.replace(evaluate.PRESETS["smoke"], tasks="goal:1,7", run="x")
+    evaluate.imagine(cfg)
+    assert stamps() == before
+    Path("runs/x/world_sim.pt").touch()
+    evaluate.imagine(cfg)
+    assert all(stamps()[path] > before[path] for path in before)
 
 
 def test_an_exploration_episode_is_the_same_in_whatever_process_and_order(smoke_run, tmp_path):

@@ -30,7 +30,7 @@ def start(world_sim, camera, same=False, B=2):
     obs = {key: value[:1].expand(B, *value.shape[1:]) if same else value for key, value in make_obs(B).items() if key != "instruction"}
     actions = torch.rand(1, K, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
-        return world_sim.remember(obs["frames"], obs["proprio"], camera.expand(B, 3, 4)), obs["proprio"], actions.expand(B, K, 7)
+        return world_sim.remember(obs["frames"], camera.expand(B, 3, 4)), obs["proprio"], actions.expand(B, K, 7)
 
 
 # ---- memory and noise ----------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def exact_output(world_sim, x0, noisy, timestep):
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_a_perfect_denoiser_gives_back_the_frames(camera, prediction, residual, sampling_steps, monkeypatch):
-    world_sim = script.WorldSim(dataclasses.replace(CFG, prediction=prediction, sampling_steps=sampling_steps, residual=residual, still=0.0)).eval()
+    world_sim = script.WorldSim(dataclasses.replace(CFG, prediction=prediction, sampling_steps=sampling_steps, residual=residual)).eval()
     world_sim.change_std.fill_(0.5)
     memory, proprio, actions = start(world_sim, camera)
     x0 = 4 * torch.randn(2, F, CFG.latent_channels, world_sim.size, world_sim.size)  # beyond [-1, 1]: nothing may clip
@@ -88,18 +88,6 @@ def test_a_perfect_denoiser_has_no_loss_whatever_the_noise_on_memory(camera, pre
     assert world_sim.loss([batch])[1]["video"] < 1e-4
 
 
-@torch.no_grad()
-def test_small_changes_are_none(camera, monkeypatch):
-    world_sim = script.WorldSim(dataclasses.replace(CFG, still=0.2, prediction="sample", sampling_steps=1)).eval()
-    memory, proprio, actions = start(world_sim, camera)
-    x0 = torch.linspace(-1, 1, 2 * F * CFG.latent_channels * world_sim.size ** 2).view(2, F, CFG.latent_channels, world_sim.size, world_sim.size)
-    monkeypatch.setattr(world_sim, "denoise", lambda *_: x0)
-    last = memory.latents[:, -1:].clone()
-    world_sim.predict(memory, proprio, actions)
-    change = memory.latents[:, 1:] - last
-    assert change[x0.abs() < 0.2].abs().max() < 1e-6 and torch.allclose(change[x0 > 0.2], x0[x0 > 0.2] - 0.2, atol=1e-5)
-
-
 def test_identical_rollouts_draw_their_own_noise(world_sim, camera):
     memory, proprio, actions = start(world_sim, camera, same=True)
     frames, after = world_sim.predict(memory, proprio, actions)
@@ -116,6 +104,87 @@ def test_same_generator_same_result_and_each_chunk_its_own_noise(world_sim, came
     monkeypatch.setattr(torch, "randn", lambda *shape, **kwargs: noise.append(normal(*shape, **kwargs)) or noise[-1])
     two_chunks(1)
     assert not torch.equal(noise[-1], noise[-2])
+
+
+# ---- copies from memory --------------------------------------------------------------------------------------------------
+
+WARP = dataclasses.replace(CFG, vae_channels=(), latent_channels=48, warp=True, prediction="sample", sampling_steps=1, pure_noise=1.0)  # 3 * 4 * 4 = 48: a VAE without loss
+SOURCES = CFG.memory + 1
+
+
+def copying(source, flow=(0.0, 0.0), change=0.0):
+    """A simulator that loses nothing in its VAE, and the U-Net's output that asks for one picture, bent by a flow, changed by so much."""
+    world_sim = script.WorldSim(WARP).eval()
+    world_sim.vae.basis.copy_(torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0)))[0])
+    world_sim.latent_mean.fill_(0.3), world_sim.latent_std.fill_(2.0), world_sim.change_std.fill_(0.5)
+    output = torch.zeros(2, F, 48 + 24 * SOURCES, 8, 8)
+    output[:, :, :48] = change
+    output[:, :, 48 + 8 * source:][:, :, :8] = torch.tensor(flow).repeat_interleave(4)[:, None, None]
+    output[:, :, 48 + 8 * SOURCES + 16 * source:][:, :, :16] = 50
+    return world_sim, output
+
+
+def composed(world_sim, output, memory, moved=0.0):
+    """Memory frames (B, M, 3, H, W) uint8 -> what `copy` composes, as float frames (B, F, 3, H, W)."""
+    recalled, moved = world_sim.encode(memory), torch.as_tensor(moved).expand(2, F, 2)
+    return world_sim.to_frames(recalled[:, -1:] + world_sim.copy(output, recalled, moved) * world_sim.change_std)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", range(SOURCES))
+def test_a_mask_picks_one_of_the_memory_frames_or_the_last_moved(source):
+    memory = torch.stack([make_smooth_frames(2) // (m + 1) for m in range(CFG.memory)], 1)
+    frames = composed(*copying(source), memory)
+    torch.testing.assert_close(frames, memory[:, min(source, CFG.memory - 1)][:, None].float().expand(-1, F, -1, -1, -1), atol=0.02, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dx, dy", [(4, 0), (0, -4), (-6, 2)])
+@pytest.mark.parametrize("how", ["with the gripper", "by its flow"])
+def test_a_copy_moves_as_far_as_it_is_told(dx, dy, how):
+    """Right and down on the picture by (dx, dy) pixels: by the way of the gripper, or by a flow, which says where to look instead."""
+    memory, shift = make_smooth_frames(2)[:, None].expand(-1, CFG.memory, -1, -1, -1), torch.tensor([dx, dy]) / 16
+    if how == "with the gripper":
+        frames = composed(*copying(CFG.memory), memory, moved=shift)
+    else:
+        frames = composed(*copying(CFG.memory - 1, flow=(-10 * shift).tolist()), memory)
+    expected = torch.roll(memory[:, -1].float(), (dy, dx), (-2, -1))
+    torch.testing.assert_close(frames[:, -1, :, 8:-8, 8:-8], expected[:, :, 8:-8, 8:-8], atol=0.02, rtol=0)
+
+
+@torch.no_grad()
+def test_changes_are_added_to_what_is_copied():
+    memory = make_smooth_frames(2)[:, None].expand(-1, CFG.memory, -1, -1, -1)
+    world_sim, output = copying(CFG.memory - 1, change=0.4)
+    copied = world_sim.copy(output, world_sim.encode(memory), torch.zeros(2, F, 2))
+    torch.testing.assert_close(copied, torch.full_like(copied, 0.4), atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_an_untrained_simulator_mostly_keeps_the_last_frame(camera):
+    torch.manual_seed(0)
+    world_sim, (seen, last) = script.WorldSim(WARP).eval(), make_smooth_frames(2)
+    known = world_sim.encode(torch.stack([seen] * 3 + [last])[None])
+    conditions = world_sim.condition(known, make_obs(1)["proprio"], torch.zeros(1, K, 7), make_obs(1)["proprio"][:, None].expand(-1, K, -1), camera)
+    frame = world_sim.to_frames(world_sim.sample(known, conditions, 1))[0, -1]
+    share = torch.exp(torch.tensor(3.0)) + 1  # of the last frame and its moved copy, against one for each of the others
+    torch.testing.assert_close(frame, (share * last.float() + 3 * seen.float()) / (share + 3), atol=0.1, rtol=0)
+
+
+def test_the_gripper_moves_on_the_picture_as_it_does_in_mujoco(env):
+    """Of all shifts of the last frame, that by which the projected gripper moves lays the hand best over the hand, give or take a pixel."""
+    before = env.reset(0)
+    actions = np.zeros((K, 7), np.float32)
+    actions[:, 1], actions[:, 2], actions[:, 6] = 0.7, -0.7, -1
+    after, _ = env.step_chunk(actions)
+    pose, camera = torch.tensor(np.stack([x["proprio"] for x in (before, after)]))[None], torch.tensor(env.task.camera, dtype=torch.float32)[None]
+    seen, size = (script.project(pose, camera)[0, :, :, 0].numpy() + 1) / 2, env.image_size
+    (u, v), way = (seen[1] * size).round().astype(int), (seen[1] - seen[0]) * size
+    hand = np.s_[:, v - size // 6:v, u - size // 10:u + size // 10]  # the hand is above the grip site
+    shifts = [(du, dv) for du in range(-size // 6, size // 6) for dv in range(-size // 6, size // 6)]
+    error = lambda du, dv: abs(np.roll(before["frames"], (dv, du), (1, 2))[hand].astype(int) - after["frames"][hand]).mean()
+    best = min(shifts, key=lambda shift: error(*shift))
+    assert abs(way).max() > size / 20 and abs(np.array(best) - way).max() < 1.5, (best, way)
 
 
 # ---- predictions ---------------------------------------------------------------------------------------------------------
@@ -146,9 +215,9 @@ def test_each_frame_of_a_chunk_is_shown_the_pose_after_its_own_actions(world_sim
     """Frame f of F follows K / F * (f + 1) actions; its part of the action map moves with that pose and with no other."""
     memory, proprio, actions = start(world_sim, camera)
     path = proprio[:, None].repeat(1, K, 1)
-    recalled, points = memory.latents[:, [0] * CFG.memory], memory.points[:, [0] * CFG.memory]
-    maps = lambda path: world_sim.condition(recalled, points, proprio, actions, path, memory.camera)[1][:, CFG.memory - 1:]
-    assert world_sim.condition(recalled, points, proprio, actions, path, memory.camera)[1][:, :CFG.memory - 1].abs().max() == 0
+    recalled = memory.latents[:, [0] * CFG.memory]
+    maps = lambda path: world_sim.condition(recalled, proprio, actions, path, memory.camera)[1][:, CFG.memory - 1:]
+    assert world_sim.condition(recalled, proprio, actions, path, memory.camera)[1][:, :CFG.memory - 1].abs().max() == 0
     for step in range(K):
         moved = path.clone()
         moved[:, step, 1] += 0.2
@@ -179,7 +248,7 @@ def test_other_robots_and_chunk_sizes_are_the_users_error(world_sim, camera, sha
 
 def test_frames_of_another_size_are_the_users_error(world_sim, camera):
     with pytest.raises(data.UserError, match="image-size 32"):
-        world_sim.remember(make_obs(1, size=48)["frames"], make_obs(1)["proprio"], camera)
+        world_sim.remember(make_obs(1, size=48)["frames"], camera)
 
 
 def test_open_loop_gives_the_first_frame_and_F_frames_a_chunk(world_sim):
@@ -209,11 +278,11 @@ def test_the_video_unet_sees_latents_condition_mask_and_map_of_each_frame(camera
     forward = world_sim.denoiser.unet.forward
     monkeypatch.setattr(world_sim.denoiser.unet, "forward", lambda x, t, encoder_hidden_states: seen.append((x, encoder_hidden_states)) or forward(x, t, encoder_hidden_states))
     batch, M, C = make_training_batch(world_sim, camera), CFG.memory, CFG.latent_channels
-    conditions = world_sim.condition(batch["recalled"], batch["points"], batch["proprio"], batch["actions"], batch["path"], batch["camera"])
+    conditions = world_sim.condition(batch["recalled"], batch["proprio"], batch["actions"], batch["path"], batch["camera"])
     noisy = torch.randn_like(batch["target"])
     out = world_sim.denoise(noisy, torch.tensor([999, 5]), *conditions)
     x, tokens = seen[0][0].transpose(1, 2), seen[0][1]
-    assert out.shape == noisy.shape and x.shape == (2, M + F, 2 * C + 6, world_sim.size, world_sim.size) and tokens.shape == (2, 1 + K, CFG.hidden)
+    assert out.shape == noisy.shape and x.shape == (2, M + F, 2 * C + 81, world_sim.size, world_sim.size) and tokens.shape == (2, 1 + K, CFG.hidden)
     assert torch.equal(x[:, M:, :C], noisy) and torch.equal(x[:, :M, :C], batch["recalled"]) and torch.equal(x[:, :M, C:2 * C], batch["recalled"])
     assert torch.equal(x[:, M:, C:2 * C], batch["recalled"][:, -1:].expand_as(noisy))
     assert (x[:, :M, 2 * C] == 1).all() and (x[:, M:, 2 * C] == 0).all() and torch.equal(x[:, :, 2 * C + 1:], conditions[1])
@@ -225,7 +294,7 @@ def test_the_video_unet_sees_latents_condition_mask_and_map_of_each_frame(camera
 def test_conditions_are_dropped_in_training_only(world_sim, camera):
     world_sim.cfg = dataclasses.replace(CFG, condition_dropout=0.5)
     batch = make_training_batch(world_sim, camera, B=64)
-    conditions = lambda: world_sim.condition(batch["recalled"], batch["points"], batch["proprio"], batch["actions"], batch["path"], batch["camera"])
+    conditions = lambda: world_sim.condition(batch["recalled"], batch["proprio"], batch["actions"], batch["path"], batch["camera"])
     known, maps, steps, *_ = conditions()
     assert maps.flatten(1).any(1).all() and steps.flatten(1).any(1).all()
     world_sim.train()
@@ -264,7 +333,7 @@ def test_paper_has_the_published_names_and_shapes():
     shapes = lambda module: {name: tuple(value.shape) for name, value in module.state_dict().items()}
     assert shapes(world_sim.vae) == shapes(vae)
     ours, theirs = shapes(world_sim.denoiser.unet), shapes(unet)
-    assert ours.pop("conv_in.weight") == (320, 14, 3, 3) and theirs.pop("conv_in.weight") == (320, 4, 3, 3) and ours == theirs
+    assert ours.pop("conv_in.weight") == (320, 89, 3, 3) and theirs.pop("conv_in.weight") == (320, 4, 3, 3) and ours == theirs
     assert 1.40e9 < sum(p.numel() for p in unet.parameters()) < 1.42e9
 
 
@@ -276,7 +345,7 @@ def test_the_large_presets_fit_together(preset):
         world_sim, n = script.WorldSim(cfg).eval(), cfg.memory + cfg.frames_per_chunk
         latents = lambda frames, channels: torch.zeros(2, frames, channels, world_sim.size, world_sim.size)
         noisy = latents(cfg.frames_per_chunk, cfg.latent_channels)
-        out = world_sim.denoiser(noisy, torch.zeros(2).long(), latents(n, cfg.latent_channels), latents(n, 5), torch.zeros(2, cfg.chunk_size, 15), torch.zeros(2, 8))
+        out = world_sim.denoiser(noisy, torch.zeros(2).long(), latents(n, cfg.latent_channels), latents(n, 80), torch.zeros(2, cfg.chunk_size, 15), torch.zeros(2, 8))
     assert world_sim.size == 28 and out.shape == noisy.shape
 
 
@@ -426,8 +495,8 @@ def test_motion_is_what_the_arm_did():
 def make_training_batch(world_sim, camera, B=2):
     memory, proprio, actions = start(world_sim, camera, B=B)
     generator = torch.Generator().manual_seed(1)
-    random = lambda n: torch.randn(B, n, CFG.latent_channels, world_sim.size, world_sim.size, generator=generator)
-    return dict(recalled=random(CFG.memory), own=torch.full((B, CFG.memory), -1), target=random(F), points=memory.points.expand(B, CFG.memory, 2, 4), proprio=proprio, velocity=memory.velocity,
+    random = lambda n: torch.randn(B, n, world_sim.cfg.latent_channels, world_sim.size, world_sim.size, generator=generator)
+    return dict(recalled=random(CFG.memory), own=torch.full((B, CFG.memory), -1), target=random(F), proprio=proprio, velocity=memory.velocity,
                 previous=memory.action, actions=actions, camera=memory.camera, path=proprio[:, None] + 0.01 * torch.randn(B, K, 8, generator=generator).cumsum(1))
 
 
@@ -471,7 +540,7 @@ def test_the_linear_vae_keeps_what_varies():
     assert error[0] < 1e-4 < error[1] < error[2] < frames.float().div(127.5).var()
 
 
-@pytest.mark.parametrize("cfg", [CFG, VIDEO], ids=["stacked", "video"])
+@pytest.mark.parametrize("cfg", [CFG, VIDEO, WARP], ids=["stacked", "video", "warp"])
 def test_the_unet_overfits_one_batch(cfg, camera):
     torch.manual_seed(0)
     world_sim = script.WorldSim(cfg).eval()  # eval: no condition is dropped
