@@ -295,7 +295,7 @@ class WorldSim(nn.Module):
         enlarge = lambda x, times: F.interpolate(F.pixel_shuffle(x, times), (cfg.image_size,) * 2, mode="bilinear")
         with torch.no_grad():
             known = self.to_frames(torch.cat([recalled, recalled[:, -1:]], 1)).repeat_interleave(chunk, 0).flatten(0, 1)
-        stay = F.affine_grid(torch.eye(2, 3, device=known.device).expand(len(known), 2, 3), known.shape, align_corners=False)
+        stay = F.affine_grid(torch.eye(2, 3, device=known.device)[None], known[:1].shape, align_corners=False)
         flow = rearrange(0.1 * enlarge(flow, 2), "b (n d) h w -> (b n) h w d", d=2)  # -1 to 1 is the image
         moved = F.pad(moved.flatten(0, 1)[:, None], (0, 0, n - 1, 0)).flatten(0, 1)[:, None, None]
         bent = F.grid_sample(known, stay + flow - moved, padding_mode="border", align_corners=False).unflatten(0, (-1, n))
