@@ -211,14 +211,15 @@ class StackedUNet(nn.Module):
         chunk = noisy.shape[1]  # known repeats its last memory frame over the chunk, maps are black before it
         x = [part.flatten(1, 2) for part in (noisy, known[:, :-chunk], maps[:, -chunk - 1:])]
         x = torch.cat([*x, self.position.expand(len(noisy), -1, -1, -1)], 1)
-        vector = self.embed(torch.cat([proprio, steps.flatten(1)], 1))
-        return self.unet(x, timestep, class_labels=vector).sample.unflatten(1, (chunk, -1))
+        return self.unet(x, timestep, class_labels=self.embed(torch.cat([proprio, steps.flatten(1)], 1))).sample.unflatten(1, (chunk, -1))
 
 
 class WorldSim(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         from diffusers import AutoencoderKL, DDIMScheduler
+        data.require(not cfg.warp or (cfg.prediction == "sample" and cfg.residual and not cfg.video_unet), "--warp gives the change of a "
+                     "frame: it takes --prediction sample, --residual and --no-video-unet; or pass --no-warp")
         self.cfg, levels, folded = cfg, len(cfg.vae_channels), 3 * cfg.patch ** 2
         self.size, gap = cfg.image_size // cfg.patch // 2 ** max(0, levels - 1), cfg.chunk_size // cfg.frames_per_chunk
         self.frames_at = slice(gap - 1, None, gap)  # the actions after which frames are predicted

@@ -160,6 +160,13 @@ def test_changes_are_added_to_what_is_copied():
     torch.testing.assert_close(copied, torch.full_like(copied, 0.4), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("other", [dict(prediction="v_prediction"), dict(residual=False), dict(video_unet=True)])
+def test_copying_with_settings_that_it_cannot_serve_is_the_users_error(other):
+    with pytest.raises(data.UserError, match="--no-warp"):
+        script.WorldSim(dataclasses.replace(WARP, **other))
+    script.WorldSim(dataclasses.replace(WARP, **other, warp=False))
+
+
 @torch.no_grad()
 def test_an_untrained_simulator_mostly_keeps_the_last_frame(camera):
     torch.manual_seed(0)
