@@ -178,20 +178,23 @@ def test_an_untrained_simulator_mostly_keeps_the_last_frame(camera):
     torch.testing.assert_close(frame, (share * last.float() + 3 * seen.float()) / (share + 3), atol=0.1, rtol=0)
 
 
-def test_the_gripper_moves_on_the_picture_as_it_does_in_mujoco(env):
-    """Of all shifts of the last frame, that by which the projected gripper moves lays the hand best over the hand, give or take a pixel."""
+def test_the_gripper_moves_on_the_picture_as_it_does_in_mujoco():
+    """Of all shifts of the last frame, that by which the projected gripper moves lays the hand best over the hand, give or take 4 of
+    192 pixels: the hand is nearer to the camera than the grip site below it."""
+    env = data.LiberoEnv(data.parse_tasks("goal:7")[0], 192)
     before = env.reset(0)
     actions = np.zeros((K, 7), np.float32)
     actions[:, 1], actions[:, 2], actions[:, 6] = 0.7, -0.7, -1
     after, _ = env.step_chunk(actions)
+    env.close()
     pose, camera = torch.tensor(np.stack([x["proprio"] for x in (before, after)]))[None], torch.tensor(env.task.camera, dtype=torch.float32)[None]
     seen, size = (script.project(pose, camera)[0, :, :, 0].numpy() + 1) / 2, env.image_size
     (u, v), way = (seen[1] * size).round().astype(int), (seen[1] - seen[0]) * size
     hand = np.s_[:, v - size // 6:v, u - size // 10:u + size // 10]  # the hand is above the grip site
-    shifts = [(du, dv) for du in range(-size // 6, size // 6) for dv in range(-size // 6, size // 6)]
+    shifts = [(du, dv) for du in range(-24, 25) for dv in range(-24, 25)]
     error = lambda du, dv: abs(np.roll(before["frames"], (dv, du), (1, 2))[hand].astype(int) - after["frames"][hand]).mean()
     best = min(shifts, key=lambda shift: error(*shift))
-    assert abs(way).max() > size / 20 and abs(np.array(best) - way).max() < 1.5, (best, way)
+    assert abs(way).max() > size / 20 and abs(np.array(best) - way).max() < 4, (best, way)
 
 
 # ---- predictions ---------------------------------------------------------------------------------------------------------
