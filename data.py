@@ -414,8 +414,8 @@ def resume(path, kind, config, device="cpu", key="config", ignore=("run",)):
     """(checkpoint or None, finished): where training of this stage stands. A file made with other flags is never overwritten."""
     if not Path(path).exists():
         return None, False
-    checkpoint, asked = load_checkpoint(path, kind, device), plain(config)
-    differ = [n for n in asked if n not in ignore and f"{checkpoint[key].get(n)}".rstrip("/") != f"{asked[n]}".rstrip("/")]  # data/
+    checkpoint, asked, text = load_checkpoint(path, kind, device), plain(config), lambda value: str(value).rstrip("/")  # data/ is data
+    differ = [name for name in asked if name not in ignore and text(checkpoint[key].get(name)) != text(asked[name])]
     made = ", ".join(f"{name}={checkpoint[key].get(name)!r}, asked for {asked[name]!r}" for name in differ)
     require(not differ, f"{path} was made with {made}; delete it, or pass --run with a new name")
     return checkpoint, checkpoint["finished"]

@@ -19,7 +19,7 @@ Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/world_
 
   python world_sim.py --demos data/
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class Memory:  # what a batch of rollouts has seen so far
     action: torch.Tensor    # (B, 7) the last one
 
     def select(self, rows):
-        return Memory(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return Memory(self.latents[rows], self.camera[rows], self.velocity[rows], self.action[rows])
 
 
 class Dynamics(nn.Module):
@@ -187,7 +187,8 @@ class LinearVAE(nn.Module):
 
 
 class StackedUNet(nn.Module):
-    """A 2-D U-Net with the frames of memory and chunk as channels of one picture; the actions join its time embedding."""
+    """A 2-D U-Net with the frames of memory and chunk as channels of one picture; the actions join its time embedding.
+    80 channels are an action map, 5 dots at 4 x 4 points per latent cell; 24 say how to copy one known frame, see `WorldSim.copy`."""
 
     def __init__(self, cfg: Config, size):
         super().__init__()
@@ -206,8 +207,8 @@ class StackedUNet(nn.Module):
             self.unet.conv_out.bias.data.copy_(outputs.flatten())
 
     def forward(self, noisy, timestep, known, maps, steps, proprio):
-        """(B, F, C, h, w), (B,), known (B, M + F, C, h, w), maps (B, M + F, 80, h, w), steps (B, K, 15), (B, 8) -> (B, F, C, h, w); with
-        `warp` for each frame 24 (M + 1) channels more, see `WorldSim.copy`"""
+        """(B, F, C, h, w), (B,), known (B, M + F, C, h, w), maps (B, M + F, 80, h, w), steps (B, K, 15), (B, 8) -> (B, F, C', h, w), C' = C
+        without `warp`, else C + 24 (M + 1)"""
         chunk = noisy.shape[1]  # known repeats its last memory frame over the chunk, maps are black before it
         x = [part.flatten(1, 2) for part in (noisy, known[:, :-chunk], maps[:, -chunk - 1:])]
         x = torch.cat([*x, self.position.expand(len(noisy), -1, -1, -1)], 1)
@@ -264,8 +265,7 @@ class WorldSim(nn.Module):
         error = F.mse_loss(self.vae.decode(posterior.sample()).sample, folded)
         return error + 1e-6 * posterior.kl().mean(), dict(vae_psnr=10 * torch.log10(4 / error.detach()))
 
-    def remember(self, frames, camera) -> Memory:
-        """Start rollouts at frames uint8 (B, 3, H, W), seen by cameras (B, 3, 4)."""
+    def remember(self, frames, camera) -> Memory:  # start rollouts at frames uint8 (B, 3, H, W), seen by cameras (B, 3, 4)
         return Memory(self.encode(frames)[:, None], camera, camera.new_zeros(len(frames), 8), camera.new_tensor([REST] * len(frames)))
 
     def condition(self, recalled, proprio, actions, path, camera):
@@ -305,10 +305,9 @@ class WorldSim(nn.Module):
 
     def sample(self, recalled, conditions, steps, generator=None):  # -> latents (B, F, C, h, w) of the chunk's frames, by DDIM
         changes = torch.randn(len(recalled), self.cfg.frames_per_chunk, *recalled.shape[2:], generator=generator, device=recalled.device)
-        self.scheduler.set_timesteps(steps)
+        self.scheduler.set_timesteps(steps, device=recalled.device)
         for t in self.scheduler.timesteps:
-            output = self.denoise(changes, t.to(changes.device).expand(len(changes)), *conditions)
-            changes = self.scheduler.step(output, t, changes).prev_sample
+            changes = self.scheduler.step(self.denoise(changes, t.expand(len(changes)), *conditions), t, changes).prev_sample
         return recalled[:, -1:] * self.cfg.residual + changes * self.change_std
 
     @torch.no_grad()

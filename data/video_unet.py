@@ -26,6 +26,4 @@ class VideoUNet(nn.Module):
         tokens = torch.cat([self.embed_proprio(proprio)[:, None], self.embed_steps(steps) + self.order], 1)
         return self.unet(x.transpose(1, 2), timestep, encoder_hidden_states=tokens).sample.transpose(1, 2)[:, memory:]
 
-
-def video_unet(cfg):
-    return VideoUNet(cfg)
+video_unet = VideoUNet  # the name by which `data.beside` finds it
