@@ -244,9 +244,8 @@ def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=
     found = {(name, kind): {} for name in by_task for kind in kinds}  # -> {demo id: path}
     for root in roots:
         require(root.exists(), f"{root} not found; {MISSING.get(root.name, 'data/ has demonstrations')}")
-        for path in [root] if root.is_file() else sorted(root.rglob("*.hdf5")):
-            if path.name.startswith(".") or root / "rendered" in path.parents:  # being written by another process, or see below
-                continue
+        below_root = sorted(root.rglob("[!.]*.hdf5"))  # a dot: being written by another process; rendered: see below
+        for path in [root] if root.is_file() else (p for p in below_root if root / "rendered" not in p.parents):
             with open_hdf5(path) as (data, ids, name, source, _):
                 size = data[f"demo_{ids[0]}/obs/agentview_rgb"].shape[1]
             for i in ids if (name, source) in found else ():
@@ -315,8 +314,8 @@ class LiberoEnv:
 
     def __init__(self, task: Task, image_size: int = 128, wrist: bool = False, mesh_grid: float = 0.004):
         suite = libero_suite(task.suite)
-        noise = ("EGLError", "AttributeError")  # of robosuite's render contexts when they are collected, half-built or at exit
-        sys.unraisablehook = lambda e: e.exc_type.__name__ in noise or sys.__unraisablehook__(e)
+        # no noise of render contexts that are collected half-built or at exit
+        sys.unraisablehook = lambda e: e.exc_type.__name__ in ("EGLError", "AttributeError") or sys.__unraisablehook__(e)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 from libero.libero.envs.env_wrapper import ControlEnv
@@ -327,10 +326,10 @@ class LiberoEnv:
             raise
         self.task, self.image_size, self.wrist, self.init_states = task, image_size, wrist, suite.get_task_init_states(task.index)
         self.env.env._observables = {}  # robosuite's observables cost a quarter of a step and nobody here reads them
-        self.env.env.visualize({name: False for name in self.env._visualizations})  # no green laser out of the gripper
+        self.env.env.visualize(dict.fromkeys(self.env._visualizations, False))  # no green laser out of the gripper
         self.sim, robot = self.env.sim, self.env.robots[0]
-        self._site, self._body = robot.eef_site_id, self.sim.model.body_name2id(robot.robot_model.eef_name)
-        self.state, self.close, self._gripper = self.env.get_sim_state, self.env.close, robot._ref_gripper_joint_pos_indexes
+        self._site, self._gripper, self.state = robot.eef_site_id, robot._ref_gripper_joint_pos_indexes, self.env.get_sim_state
+        self._body = self.sim.model.body_name2id(robot.robot_model.eef_name)
         beside("thin_meshes")(self.sim, mesh_grid)  # 0: LIBERO's own meshes, for checkpoints trained on them
 
     def reset(self, init_index=None, seed=None) -> dict:
@@ -345,9 +344,7 @@ class LiberoEnv:
         self.env.reset()
         if init_index is not None:
             self.set_state(self.init_states[init_index])
-        for _ in range(SETTLE_STEPS):
-            self.env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
-        return self.observe()
+        return self.step_chunk(np.array([[0, 0, 0, 0, 0, 0, -1.0]] * SETTLE_STEPS))[0]
 
     def step_chunk(self, actions, render=True) -> tuple[dict, np.ndarray]:
         """Execute actions (K, 7) -> (observation after the last, success (K,) after each). One render at most."""
@@ -363,6 +360,10 @@ class LiberoEnv:
     def render(self, camera="agentview") -> np.ndarray:
         self.sim._render_context_offscreen.gl_ctx.make_current()  # another environment of this process may have been
         return orient(self.sim.render(camera_name=camera, width=self.image_size, height=self.image_size))
+
+    def close(self):
+        self.sim._render_context_offscreen.gl_ctx.make_current()  # or another environment's buffers were freed
+        self.env.close()
 
     def proprio(self) -> np.ndarray:
         from robosuite.utils.transform_utils import quat2axisangle
@@ -479,8 +480,7 @@ def save_video(path, frames, fps=10):  # frames (T, 3, H, W) uint8
 def log(run_dir, script, step, metrics):  # appends one line to <run_dir>/<script>.jsonl
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(run_dir) / f"{script}.jsonl", "a") as file:
-        line = {"step": step, "time": round(time.time(), 1)} | {k: round(float(v), 6) for k, v in metrics.items()}
-        print(json.dumps(line), file=file)
+        print(json.dumps({"step": step, "time": round(time.time(), 1)} | {k: round(float(v), 6) for k, v in metrics.items()}), file=file)
 
 
 def command_line(run, presets, description):

@@ -125,8 +125,8 @@ def test_camera_in_the_other_scenes_and_no_environment_disturbs_the_other(env, s
     other.reset(0)
     check_camera(other)
     shown = other.render()
-    assert np.array_equal(env.render(), before) and np.array_equal(other.render(), shown)
-    other.close()
+    assert np.array_equal(other.render(), shown) and np.array_equal(env.render(), before)
+    other.close()  # while the first one's GL context is current
     assert np.array_equal(env.render(), before)
 
 
