@@ -63,7 +63,7 @@ class Config:
     sampling_steps: int = 1  # DDIM steps; EVAC: 27
     vae_steps: int = 0  # gradient steps of a convolutional VAE; the linear one is solved in closed form
     dynamics_steps: int = 4000  # then gradient steps of the proprio residual, milliseconds each
-    steps: int = 4000  # then gradient steps of the U-Net
+    steps: int = 4500  # then gradient steps of the U-Net
     batch_size: int = 16  # B, chunks of all processes together; frames per VAE step
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay, for each of these phases
     save_every: int = 500  # steps between checkpoints, what a kill can cost, and between looks at held-out episodes

@@ -365,6 +365,16 @@ def test_short_episodes_are_learned_from_without_imagined_chunks():
     assert len(script.make_batch(rows, latents, CFG, np.random.default_rng(0), "cpu", 8, before=3)) == 1
 
 
+def test_more_and_more_chunks_are_imagined_before_the_one_that_is_learned(tmp_path, monkeypatch):
+    """At most one in the first quarter of training, up to `own_chunks` = 4 in the last, and then all numbers up to it occur."""
+    before, make_batch = [], script.make_batch
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "training_episodes", lambda *_: ([make_episode(T=64)], []))
+    monkeypatch.setattr(script, "make_batch", lambda *args: before.extend(args[6:]) or make_batch(*args[:6]))  # `look` asks for none
+    script.train(dataclasses.replace(CFG, run="grow", own_chunks=4, vae_steps=1, dynamics_steps=1, steps=80, batch_size=1, save_every=1000))
+    assert [max(before[i:i + 20]) for i in range(0, 80, 20)] == [1, 2, 3, 4] and set(before[60:]) == {0, 1, 2, 3, 4}
+
+
 @pytest.mark.parametrize("T, gap", [(K + 4, 4), (40, 8)], ids=["too short", "too few frames"])
 def test_episodes_that_teach_nothing_are_the_users_error(tmp_path, monkeypatch, T, gap):
     episodes = [make_episode(T=40), make_episode(T=T, gap=gap, source="explore")]
