@@ -11,8 +11,8 @@ SFT: mean |a - loc| on normalised actions; then, everything else frozen, the sca
   mean[log_scale + |a - loc| / exp(log_scale)].
 Dims: B batch, K chunk_size, P patches of all cameras, C their channels, D model width, L prompt tokens, H W pixels.
 
-Differs from the paper: `tiny` trains from scratch, with a small ResNet instead of DINOv2 + SigLIP, one placeholder per action instead
-of seven, and waves of proprio beside it; log_scale has a floor, below which a PPO ratio is noise; no JPEG round trip of the pictures.
+Differs from the paper: `tiny` trains from scratch, with a small ResNet instead of DINOv2 + SigLIP and one placeholder per action
+instead of seven; log_scale has a floor, below which a PPO ratio is noise; no JPEG round trip of the pictures.
 Reads: demonstrations (--demos), a published checkpoint (--pretrained).  Writes: runs/<run>/policy_sft.pt, policy.jsonl.
 
   python policy.py --tasks goal               # all ten tasks of LIBERO-Goal
@@ -48,7 +48,6 @@ class Config:
     dino: tuple[int, ...] = (128, 4, 4)  # DINOv2 tower: width, blocks, heads
     siglip: tuple[int, ...] = (128, 4, 4, 512)  # SigLIP tower: width, blocks, heads, width of its MLP
     patch: int = 8  # pixels of a patch's side, in both
-    proprio_octaves: int = 4  # proprio enters with sine and cosine of 1, 2, 4, ... half turns per unit beside it; OpenVLA-OFT: 0
     width: int = 128  # D, hidden size of the Llama
     layers: int = 4  # of the Llama
     heads: int = 4  # of its attention
@@ -71,8 +70,7 @@ class Config:
     save_every: int = 250  # steps between checkpoints, what a kill can cost
 
 
-OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, bf16=True,
-               proprio_octaves=0)
+OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, bf16=True)
 PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, mlp=64, steps=20,
@@ -155,9 +153,9 @@ class Policy(nn.Module):
         self.tower = ResNet(cfg) if cfg.tower else DinoSiglip(cfg)
         C = self.tower.channels
         self.projector = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, D), nn.GELU(), nn.Linear(D, D))
-        self.proprio_projector = nn.Sequential(nn.Linear(8 + 16 * cfg.proprio_octaves, D), nn.GELU(), nn.Linear(D, D))
+        self.proprio_projector = nn.Sequential(nn.Linear(8, D), nn.GELU(), nn.Linear(D, D))
         self.llama = LlamaModel(LlamaConfig(vocab_size=cfg.vocabulary or len(tokenizer), hidden_size=D, intermediate_size=cfg.mlp,
-                                            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, initializer_range=D ** -0.5))
+                                            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads))
         self.action_head = MLPResNet(inputs, D, 7)
         self.scale_trunk, self.scale_out = MLPResNet(inputs, D, D), nn.Linear(D, 7)
         nn.init.xavier_uniform_(self.scale_out.weight, gain=0.01)
@@ -220,8 +218,7 @@ class Policy(nn.Module):
         ids = text["input_ids"]                                                                      # (B, L) padded on the left
         views = [data.check_frames(obs[key], cfg.image_size, "policy") for key in ("frames", "wrist_frames")[:cfg.cameras]]
         patches = torch.cat([self.projector(self.tower(self.augment(view.float() / 255))) for view in views], 1)  # (B, P, D)
-        proprio = normalise(obs["proprio"], self.proprio_bounds)
-        proprio = self.proprio_projector(torch.cat([proprio, waves(proprio, cfg.proprio_octaves)], 1))[:, None]  # (B, 1, D)
+        proprio = self.proprio_projector(normalise(obs["proprio"], self.proprio_bounds))[:, None]    # (B, 1, D)
         # "▁" ends OpenVLA's prompts
         special = ids.new_tensor(self.tokenizer.convert_tokens_to_ids(["<s>", "▁", "</s>"])).expand(len(ids), 3)
         bos, last, eos = self.llama.embed_tokens(special).split(1, 1)
@@ -301,13 +298,6 @@ def normalise(x, bounds):
     """1 % / 99 % quantiles -> [-1, 1], clipped; a dimension that never moves becomes 0 (OpenVLA-OFT)."""
     low, high = bounds
     return torch.where(high - low < 1e-6, 0.0, (2 * (x - low) / (high - low + 1e-8) - 1).clamp(-1, 1))
-
-
-def waves(x, octaves):
-    """(B, n) in [-1, 1] -> (B, 2 n octaves): sine and cosine of pi x, 2 pi x, 4 pi x, ... Without them an MLP is slow to learn what a
-    centimetre means (arXiv 2006.10739)."""
-    angles = (x[:, None] * torch.pi * 2 ** torch.arange(octaves, device=x.device)[:, None]).flatten(1)
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def load_tokenizer(text: str):

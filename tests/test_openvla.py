@@ -16,7 +16,7 @@ from conftest import ROOT, make_episode, make_obs
 from test_policy import STATS
 
 SMOKE = script.PRESETS["smoke"]
-VIT = dataclasses.replace(SMOKE, tower=(), dino=(32, 3, 2), siglip=(48, 3, 2, 80), patch=8, tokens_per_action=7, proprio_octaves=0)
+VIT = dataclasses.replace(SMOKE, tower=(), dino=(32, 3, 2), siglip=(48, 3, 2, 80), patch=8, tokens_per_action=7)
 
 
 def make_policy(tokenizer, seed=0, **changes):

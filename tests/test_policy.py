@@ -88,13 +88,6 @@ def test_a_dimension_that_never_moves_stays_where_it_was():
     assert script.normalise(torch.tensor([[0.3, 0.5], [0.9, 5.0]]), bounds).tolist() == [[0, pytest.approx(0.5)], [0, 1]]
 
 
-def test_waves_are_sine_and_cosine_of_doubling_frequencies():
-    x = torch.tensor([[0.25, -0.5]])
-    expected = [np.sin(np.pi * 0.25), -1, 1, 0, np.cos(np.pi * 0.25), 0, 0, -1]  # of pi x and 2 pi x, each for both numbers
-    torch.testing.assert_close(script.waves(x, 2), torch.tensor([expected], dtype=torch.float32), atol=1e-6, rtol=0)
-    assert script.waves(x, 0).shape == (1, 0)  # OpenVLA-OFT: proprio alone
-
-
 def test_dataset_pairs_each_frame_with_the_actions_that_follow():
     episode = make_episode(T=22, gap=4)
     samples = script.dataset([episode], 8)
