@@ -244,8 +244,8 @@ def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=
     found = {(name, kind): {} for name in by_task for kind in kinds}  # -> {demo id: path}
     for root in roots:
         require(root.exists(), f"{root} not found; {MISSING.get(root.name, 'data/ has demonstrations')}")
-        below_root = sorted(root.rglob("[!.]*.hdf5"))  # a dot: being written by another process; rendered: see below
-        for path in [root] if root.is_file() else (p for p in below_root if root / "rendered" not in p.parents):
+        files = sorted(root.rglob("[!.]*.hdf5"))  # not those that another process is writing; those below rendered/ come later
+        for path in [root] if root.is_file() else (file for file in files if root / "rendered" not in file.parents):
             with open_hdf5(path) as (data, ids, name, source, _):
                 size = data[f"demo_{ids[0]}/obs/agentview_rgb"].shape[1]
             for i in ids if (name, source) in found else ():
@@ -314,7 +314,7 @@ class LiberoEnv:
 
     def __init__(self, task: Task, image_size: int = 128, wrist: bool = False, mesh_grid: float = 0.004):
         suite = libero_suite(task.suite)
-        # no noise of render contexts that are collected half-built or at exit
+        # robosuite's render contexts raise when they are collected half-built or at exit
         sys.unraisablehook = lambda e: e.exc_type.__name__ in ("EGLError", "AttributeError") or sys.__unraisablehook__(e)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -362,7 +362,7 @@ class LiberoEnv:
         return orient(self.sim.render(camera_name=camera, width=self.image_size, height=self.image_size))
 
     def close(self):
-        self.sim._render_context_offscreen.gl_ctx.make_current()  # or another environment's buffers were freed
+        self.sim._render_context_offscreen.gl_ctx.make_current()  # or the buffers of another environment would be freed
         self.env.close()
 
     def proprio(self) -> np.ndarray:
