@@ -41,7 +41,8 @@ class Config:
     run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
     preset: str = "tiny"  # smoke, tiny, base or paper; every other flag overrides it
     seed: int = 0  # of sampled actions
-    episodes: int = 10  # per task: official initial states 0 .. episodes-1
+    episodes: int = 10  # per task: so many official initial states
+    first_state: int = 0  # the first of them
     stop: str = "oracle"  # oracle, horizon or reflector
     max_steps: int = 0  # control steps per episode; 0: OpenVLA-OFT's limit for the suite
     sample: bool = False  # sample actions instead of executing the mean
@@ -210,7 +211,7 @@ def run_jobs(cfg: Config, jobs):
 def checked_tasks(cfg: Config) -> list[data.Task]:
     """The tasks of `cfg`. Raises UserError on values that no episode can run with, and on tasks of which the installed libero
     has only the name: more than half of the suites that LIBERO-PRO registers were never published."""
-    for name, least in dict(episodes=1, workers=1, explore_episodes=1, frame_every=1, max_steps=0, past_success=0).items():
+    for name, least in dict(episodes=1, workers=1, explore_episodes=1, frame_every=1, first_state=0, max_steps=0, past_success=0).items():
         if getattr(cfg, name) < least:
             raise data.UserError(f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected at least {least}")
     if not cfg.noise_scale or not all(0 < scale < np.inf for scale in cfg.noise_scale):
@@ -226,8 +227,8 @@ def checked_tasks(cfg: Config) -> list[data.Task]:
         if not len(init_states) or not Path(task.bddl_path).exists():
             raise data.UserError(f"{label} cannot be run: the installed libero lacks its description or its initial states; "
                                  "`libero-pro list` shows the complete suites")
-        if not cfg.explore and cfg.episodes > len(init_states):
-            raise data.UserError(f"{label} has {len(init_states)} official initial states, got --episodes {cfg.episodes}")
+        data.require(cfg.explore or cfg.first_state + cfg.episodes <= len(init_states),
+                     f"{label} has {len(init_states)} official initial states, got --episodes {cfg.episodes} from {cfg.first_state} on")
         if cfg.explore and int(task.max_steps * cfg.explore_horizon) < 1:
             raise data.UserError(f"got --explore-horizon {cfg.explore_horizon}: not one of {label}'s {task.max_steps} steps")
     return tasks
@@ -254,8 +255,7 @@ def append_record(path, record):
 def evaluate_policy(policies, cfg: Config) -> dict:
     """Success of checkpoint files on the same official initial states -> {path: {task: {successes, trials, interval, ...}}}."""
     tasks, run = checked_tasks(cfg), data.run_dir(cfg)
-    if cfg.stop not in ("oracle", "horizon", "reflector"):
-        raise data.UserError(f"unknown stop rule {cfg.stop!r}, expected oracle, horizon or reflector")
+    data.require(cfg.stop in ("oracle", "horizon", "reflector"), f"unknown stop rule {cfg.stop!r}, expected oracle, horizon or reflector")
     for path in policies:
         data.load_checkpoint(path, "policy")
     # a finished episode counts only for the very same weights and settings
@@ -266,7 +266,8 @@ def evaluate_policy(policies, cfg: Config) -> dict:
         settings += "-" + digest(run / "reflector.pt")
     stamp, log = {p: f"{digest(p)}-{settings}" for p in policies}, run / "episodes.jsonl"
     finished = {(r["stamp"], r["task"], r["init_index"]): r for r in read_records(log)}
-    jobs = [(p, task, i) for task in tasks for i in range(cfg.episodes) for p in policies]
+    states = range(cfg.first_state, cfg.first_state + cfg.episodes)
+    jobs = [(p, task, i) for task in tasks for i in states for p in policies]
     key = lambda p, task, i: (stamp[p], f"{task.suite}:{task.index}", i)
     todo = [job for job in jobs if key(*job) not in finished]
     if todo:
@@ -279,7 +280,7 @@ def evaluate_policy(policies, cfg: Config) -> dict:
     for p in policies:
         table[p] = {}
         for task in tasks:
-            records = [finished[key(p, task, i)] for i in range(cfg.episodes)]
+            records = [finished[key(p, task, i)] for i in states]
             successes = sum(r["success"] for r in records)
             table[p][f"{task.suite}:{task.index}"] = dict(
                 instruction=task.instruction, successes=successes, trials=len(records), success=[r["success"] for r in records],
@@ -299,7 +300,7 @@ def summary(table, cfg: Config) -> dict:
     tasks = data.parse_tasks(cfg.tasks)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     out = dict(protocol=dict(stop=cfg.stop, max_steps=[cfg.max_steps or t.max_steps for t in tasks], seed=cfg.seed,
-                             settle_steps=data.SETTLE_STEPS, init_states=list(range(cfg.episodes)),
+                             settle_steps=data.SETTLE_STEPS, init_states=list(range(cfg.first_state, cfg.first_state + cfg.episodes)),
                              actions="sampled" if cfg.sample else "deterministic"),
                versions=data.versions(), git_commit=git_commit(), hardware=f"{os.cpu_count()} CPU cores, {gpu}", policies={})
     for path, rows in table.items():
@@ -316,6 +317,23 @@ def compare(before, after, cfg: Config) -> dict:
     explored = data.load_episodes(data.run_dir(cfg) / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",))
     return summary(table, cfg) | dict(difference=paired_difference(*outcomes), exploration_episodes=len(explored),
                                       real_interactions=sum(len(e.actions) for e in explored))
+
+
+def keep_best(best, policy, iteration, cfg: Config):
+    """Measure `policy` in real LIBERO -> (it or `best`, whichever succeeds more often: {iteration, successes, model}, whether the
+    policy's rate lies below the 95 % interval of the best: then what it still learns pleases only the simulator)."""
+    path = data.run_dir(cfg) / "policy_candidate.pt"
+    data.save_checkpoint(path, "policy_rl", policy.cfg, policy, tokenizer=policy.tokenizer.backend_tokenizer.to_str(), demos={})
+    rows = evaluate_policy([str(path)], cfg)[str(path)].values()
+    path.unlink()
+    successes, trials = (sum(row[key] for row in rows) for key in ("successes", "trials"))
+    if not best or successes > best["successes"]:
+        best = dict(iteration=iteration, successes=successes, model={k: v.clone() for k, v in policy.state_dict().items()})
+    data.log(data.run_dir(cfg), "real_success", iteration, dict(successes=successes, trials=trials))
+    fallen = bool(successes / trials < wilson_interval(best["successes"], trials)[0])
+    print(f"real LIBERO after iteration {iteration}: {successes}/{trials}, best {best['successes']} after iteration {best['iteration']}"
+          + "; the policy pleases the simulator, not LIBERO: training ends" * fallen)
+    return best, fallen
 
 
 def print_table(result):
@@ -342,9 +360,8 @@ def print_table(result):
 def explore(cfg: Config):
     """Roll the noisy SFT policy on fresh resets and store every episode, success or failure; finished files are kept."""
     tasks, run = checked_tasks(cfg), data.run_dir(cfg)
-    policy = cfg.policy or str(run / "policy_sft.pt")
+    policy, out = cfg.policy or str(run / "policy_sft.pt"), run / "explore"
     data.load_checkpoint(policy, "policy")
-    out = run / "explore"
     jobs = [(task, i) for task in tasks for i in range(cfg.explore_episodes) if not (out / f"{task.name}_{i}.hdf5").exists()]
     if jobs:
         print(f"exploring: {len(jobs)} episodes with the noisy policy, about {len(jobs) * 9 / cfg.workers / 60:.0f} min")
@@ -454,8 +471,7 @@ def report(cfg: Config):
                   reflector_on_imagined=evaluate_reflector(reflector, twins := imagined_twins(world_sim, episodes)))
     for episode, twin in zip(episodes, twins):
         real = episode.frames[episode.frame_steps % world_sim.cfg.chunk_size == 0]
-        side_by_side = np.concatenate([real, twin.frames], -1)  # real | imagined
-        data.save_video(run / "videos" / f"gap_{episode.task}_{episode.index}.mp4", side_by_side, fps=4)
+        data.save_video(run / "videos" / f"gap_{episode.task}_{episode.index}.mp4", np.concatenate([real, twin.frames], -1), fps=4)
     print(json.dumps(result, indent=1))
     save_json(run / "report.json", result)
 
@@ -468,12 +484,9 @@ def save_json(path, value):
 
 
 def main(cfg: Config):
-    if cfg.explore:
-        return explore(cfg)
-    if cfg.imagine:
-        return imagine(cfg)
-    if cfg.report:
-        return report(cfg)
+    for stage in (explore, imagine, report):
+        if getattr(cfg, stage.__name__):
+            return stage(cfg)
     began, path = time.time(), cfg.policy or str(data.run_dir(cfg) / "policy_sft.pt")
     result = summary(evaluate_policy([path], cfg), cfg) | dict(seconds=round(time.time() - began))
     print_table(result)

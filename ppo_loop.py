@@ -53,6 +53,7 @@ class Config:
     lr_heads: float = 3e-5  # action and scale head; the paper: 1e-5
     grad_clip: float = 1.0  # norm
     no_spread_limit: int = 4  # stop after this many iterations in which no group has a spread of rewards
+    eval_every: int = 0  # iterations between looks at real LIBERO: the best policy is kept, and a fall ends training; 0: never
     eval_episodes: int = 10  # official initial states per task in the final comparison
 
 
@@ -196,6 +197,11 @@ def train(cfg: Config):
     policy.prompt_gradient = policy.cfg.attention == "full"
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=0.0)
     first, no_spread = data.restore(checkpoint, policy, optimizer), checkpoint["no_spread"] if checkpoint else 0
+    best, fallen = checkpoint["best"] if checkpoint else None, False
+    # two official states of each task that the final comparison leaves alone
+    look = dataclasses.replace(evaluate.PRESETS[cfg.preset], tasks=cfg.tasks, run=run.name, seed=cfg.seed, episodes=2, first_state=40)
+    if cfg.eval_every and not best:
+        best, _ = evaluate.keep_best(None, policy, 0, look)
     print(f"ppo_loop: {cfg.starts} starts x {cfg.rollouts} rollouts, {len(starts)} start states, "
           f"iterations {first} to {cfg.iterations}")
     for iteration in (bar := trange(first, cfg.iterations, initial=first, total=cfg.iterations, desc="ppo_loop", mininterval=2)):
@@ -214,14 +220,20 @@ def train(cfg: Config):
         shown = ("reward", "stop_rate", "group_spread", "useful_groups", "approx_kl", "clip_frac")
         bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in shown})
         data.log(run, "ppo_loop", iteration + 1, metrics)
+        if cfg.eval_every and (iteration + 1) % cfg.eval_every == 0:
+            best, fallen = evaluate.keep_best(best, policy, iteration + 1, look)
+        finished = fallen or iteration + 1 == cfg.iterations
+        if finished and best:
+            policy.load_state_dict(best["model"])
         data.save_checkpoint(path, "policy_rl", policy.cfg, policy, ppo_config=data.plain(cfg), optimizer=optimizer.state_dict(),
-                             step=iteration + 1, finished=iteration + 1 == cfg.iterations, no_spread=no_spread,
+                             step=iteration + 1, finished=finished, no_spread=no_spread, best=None if finished else best,
                              metrics={k: float(v) for k, v in metrics.items()}, tokenizer=policy.tokenizer.backend_tokenizer.to_str(),
                              demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in starts if e.source == "expert"})
-        if no_spread >= cfg.no_spread_limit:
-            raise data.UserError(f"all rewards within every group were equal for {no_spread} iterations: nothing to learn from; "
-                                 f"delete {path} and raise --noise-scale or --starts")
-    print(f"wrote {path}")
+        data.require(no_spread < cfg.no_spread_limit, f"all rewards within every group were equal for {no_spread} iterations: nothing to "
+                     f"learn from; delete {path} and raise --noise-scale or --starts")
+        if fallen:
+            break
+    print(f"wrote {path}" + (f", the policy after iteration {best['iteration']}" if best else ""))
 
 
 # ---- the whole method ----------------------------------------------------------------------------------------------------

@@ -215,6 +215,8 @@ def test_each_real_episode_is_judged_on_its_own(tokenizer, tmp_path, monkeypatch
     ("--explore --explore-episodes 0", "got --explore-episodes 0"), ("--explore --frame-every 0", "got --frame-every 0"),
     ("--workers 0", "got --workers 0"), ("--episodes 0", "got --episodes 0"), ("--max-steps -1", "got --max-steps -1"),
     ("--episodes 51", "libero_goal:7 has 50 official initial states, got --episodes 51"),
+    ("--first-state 45", "libero_goal:7 has 50 official initial states, got --episodes 10 from 45 on"),
+    ("--first-state -1", "got --first-state -1, expected at least 0"),
     ("--explore --tasks goal:7+libero_goal_swap:7", "two of these tasks have the same name"),
     ("--tasks libero_goal_env:3", "libero_goal_env:3 cannot be run"), ("--tasks libero_100", "libero_100"),
     ("--explore --tasks libero_goal_env", "libero_goal_env:0 cannot be run"),

@@ -264,6 +264,66 @@ def test_rewards_without_any_spread_stop_the_loop_with_a_message(smoke_run, tmp_
         ppo_loop.train(dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:1,7", no_spread_limit=2))
 
 
+# ---- real success on the way -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def with_real_success(smoke_run, tmp_path, monkeypatch):
+    """with_real_success(successes, iterations, ...) -> policy_rl.pt of a loop that finds so many of 20 real episodes successful in turn."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(smoke_run.cwd / "data")
+
+    def train(successes, iterations, eval_every=1, name="looked"):
+        def evaluate_policy(policies, cfg):
+            assert (cfg.first_state, cfg.stop) == (40, "oracle") and data.load_checkpoint(policies[0], "policy")
+            return {policies[0]: {"libero_goal:1": dict(successes=successes.pop(0), trials=20)}}
+        monkeypatch.setattr(evaluate, "evaluate_policy", evaluate_policy)
+        if not Path("runs", name).exists():
+            shutil.copytree(smoke_run.run, Path("runs", name), ignore=shutil.ignore_patterns("policy_rl.pt", "ppo_loop.jsonl", "videos"))
+        ppo_loop.train(dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:1,7", run=name, iterations=iterations, eval_every=eval_every))
+        assert not Path("runs", name, "policy_candidate.pt").exists()
+        return data.load_checkpoint(Path("runs", name, "policy_rl.pt"), "policy_rl")
+    return train
+
+
+def same(a, b):
+    return all(torch.equal(a["model"][key], value) for key, value in b["model"].items())
+
+
+def test_the_policy_that_is_best_in_real_libero_is_kept(with_real_success, capsys):
+    after_one = with_real_success([], 1, 0, "one")
+    kept = with_real_success([10, 14, 13], 2)
+    assert kept["finished"] and kept["step"] == 2 and same(kept, after_one) and "policy after iteration 1" in capsys.readouterr().out
+    assert [r["successes"] for r in evaluate.read_records("runs/looked/real_success.jsonl")] == [10, 14, 13]
+    last = with_real_success([10, 14, 15], 2, name="rising")
+    assert not same(last, after_one) and same(last, with_real_success([], 2, 0, "two"))
+
+
+def test_a_policy_that_only_pleases_the_simulator_ends_training(with_real_success, capsys):
+    kept = with_real_success([10, 14, 8, 20], 3)  # 14 of 20: 48 to 85 %
+    assert kept["finished"] and kept["step"] == 2 and same(kept, with_real_success([], 1, 0, "one"))
+    assert "pleases the simulator, not LIBERO: training ends" in capsys.readouterr().out
+    assert with_real_success([10, 14, 10], 2, name="chance")["step"] == 2  # 10 of 20 may be chance
+
+
+def test_a_loop_that_was_killed_remembers_its_best_policy(with_real_success, monkeypatch):
+    def kill(*args):
+        raise KeyboardInterrupt
+    log = data.log
+    monkeypatch.setattr(data, "log", lambda run, script, step, metrics: kill() if (script, step) == ("ppo_loop", 2) else log(run, script, step, metrics))
+    with pytest.raises(KeyboardInterrupt):
+        with_real_success([10, 14], 3)
+    monkeypatch.setattr(data, "log", log)
+    assert same(with_real_success([13, 12], 3), with_real_success([], 1, 0, "one"))
+
+
+def test_looks_at_real_libero_leave_the_states_of_the_comparison_alone(smoke_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cfg = dataclasses.replace(evaluate.PRESETS["smoke"], tasks="goal:7", run="look", episodes=2, first_state=40)
+    best, fallen = evaluate.keep_best(None, policy.load_policy(smoke_run.run / "policy_sft.pt"), 0, cfg)
+    assert {r["init_index"] for r in evaluate.read_records("runs/look/episodes.jsonl")} == {40, 41} and best["successes"] == 0 and not fallen
+    assert "real LIBERO after iteration 0: 0/2, best 0 after iteration 0\n" in capsys.readouterr().out
+
+
 # ---- processes -----------------------------------------------------------------------------------------------------------
 
 def test_without_egl_one_line_says_what_to_install(tmp_path):
