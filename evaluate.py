@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import subprocess
+import tempfile
 import time
 from concurrent.futures import BrokenExecutor, as_completed
 from dataclasses import dataclass
@@ -319,13 +320,14 @@ def compare(before, after, cfg: Config) -> dict:
                                       real_interactions=sum(len(e.actions) for e in explored))
 
 
-def keep_best(best, policy, iteration, cfg: Config):
-    """Measure `policy` in real LIBERO -> (it or `best`, whichever succeeds more often: {iteration, successes, model}, whether the
-    policy's rate lies below the 95 % interval of the best: then what it still learns pleases only the simulator)."""
-    path = data.run_dir(cfg) / "policy_candidate.pt"
-    data.save_checkpoint(path, "policy_rl", policy.cfg, policy, tokenizer=policy.tokenizer.backend_tokenizer.to_str(), demos={})
-    rows = evaluate_policy([str(path)], cfg)[str(path)].values()
-    path.unlink()
+def keep_best(best, policy, iteration, cfg):
+    """Measure `policy` in real LIBERO, on states that no comparison uses, with the flags `cfg` of ppo_loop.py -> (it or `best`, whichever
+    succeeds more often: {iteration, successes, model}, whether its rate is below the 95 % interval of the best)."""
+    look = dataclasses.replace(PRESETS[cfg.preset], tasks=cfg.tasks, run=data.run_dir(cfg).name, seed=cfg.seed, episodes=2, first_state=40)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/policy_candidate.pt"
+        data.save_checkpoint(path, "policy_rl", policy.cfg, policy, tokenizer=policy.tokenizer.backend_tokenizer.to_str(), demos={})
+        rows = evaluate_policy([path], look)[path].values()
     successes, trials = (sum(row[key] for row in rows) for key in ("successes", "trials"))
     if not best or successes > best["successes"]:
         best = dict(iteration=iteration, successes=successes, model={k: v.clone() for k, v in policy.state_dict().items()})

@@ -12,7 +12,8 @@ Dims: G start states, N rollouts each, R = G * N, C chunks, K chunk_size, T = C 
 SFT and RL policy are compared in real LIBERO on the same official initial states.
 
 Differs from the paper: `tiny` trains language model and heads in full at one learning rate (no LoRA), the vision tower stays frozen.
-Reads: everything the other scripts write.  Writes: runs/<run>/policy_rl.pt, ppo_loop.jsonl, results.json, report.json, videos/.
+Reads: everything the other scripts write.
+Writes: runs/<run>/policy_rl.pt, ppo_loop.jsonl, real_success.jsonl, results.json, report.json, videos/.
 
   python ppo_loop.py --tasks goal:1,7,8
 """
@@ -198,12 +199,9 @@ def train(cfg: Config):
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=0.0)
     first, no_spread = data.restore(checkpoint, policy, optimizer), checkpoint["no_spread"] if checkpoint else 0
     best, fallen = checkpoint["best"] if checkpoint else None, False
-    # two official states of each task that the final comparison leaves alone
-    look = dataclasses.replace(evaluate.PRESETS[cfg.preset], tasks=cfg.tasks, run=run.name, seed=cfg.seed, episodes=2, first_state=40)
     if cfg.eval_every and not best:
-        best, _ = evaluate.keep_best(None, policy, 0, look)
-    print(f"ppo_loop: {cfg.starts} starts x {cfg.rollouts} rollouts, {len(starts)} start states, "
-          f"iterations {first} to {cfg.iterations}")
+        best, _ = evaluate.keep_best(None, policy, 0, cfg)
+    print(f"ppo_loop: {cfg.starts} starts x {cfg.rollouts} rollouts, {len(starts)} start states, iterations {first} to {cfg.iterations}")
     for iteration in (bar := trange(first, cfg.iterations, initial=first, total=cfg.iterations, desc="ppo_loop", mininterval=2)):
         torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # an iteration's randomness depends on its number alone: resuming is exact
         rng = np.random.default_rng((cfg.seed, iteration))
@@ -221,7 +219,7 @@ def train(cfg: Config):
         bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in shown})
         data.log(run, "ppo_loop", iteration + 1, metrics)
         if cfg.eval_every and (iteration + 1) % cfg.eval_every == 0:
-            best, fallen = evaluate.keep_best(best, policy, iteration + 1, look)
+            best, fallen = evaluate.keep_best(best, policy, iteration + 1, cfg)
         finished = fallen or iteration + 1 == cfg.iterations
         if finished and best:
             policy.load_state_dict(best["model"])
@@ -240,6 +238,8 @@ def train(cfg: Config):
 
 def main(cfg: Config):
     """Train whatever is missing, in order, then compare SFT and RL in real LIBERO."""
+    data.require(cfg.eval_every >= 0 and (not cfg.eval_every or cfg.eval_episodes <= 40), f"got --eval-every {cfg.eval_every} "
+                 f"--eval-episodes {cfg.eval_episodes}, expected at least 0, and at most 40: states 40 and 41 choose the policy")
     run, seconds = data.run_dir(cfg), {}
     shared = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed)
     preset = lambda script, **changes: dataclasses.replace(script.PRESETS[cfg.preset], **shared, **changes)

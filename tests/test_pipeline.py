@@ -280,7 +280,6 @@ def with_real_success(smoke_run, tmp_path, monkeypatch):
         if not Path("runs", name).exists():
             shutil.copytree(smoke_run.run, Path("runs", name), ignore=shutil.ignore_patterns("policy_rl.pt", "ppo_loop.jsonl", "videos"))
         ppo_loop.train(dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:1,7", run=name, iterations=iterations, eval_every=eval_every))
-        assert not Path("runs", name, "policy_candidate.pt").exists()
         return data.load_checkpoint(Path("runs", name, "policy_rl.pt"), "policy_rl")
     return train
 
@@ -296,6 +295,8 @@ def test_the_policy_that_is_best_in_real_libero_is_kept(with_real_success, capsy
     assert [r["successes"] for r in evaluate.read_records("runs/looked/real_success.jsonl")] == [10, 14, 13]
     last = with_real_success([10, 14, 15], 2, name="rising")
     assert not same(last, after_one) and same(last, with_real_success([], 2, 0, "two"))
+    every_second = with_real_success(looks := [10, 9], 3, 2, "second")
+    assert not looks and every_second["step"] == 3 and same(every_second, data.load_checkpoint("runs/second/policy_sft.pt", "policy_sft"))
 
 
 def test_a_policy_that_only_pleases_the_simulator_ends_training(with_real_success, capsys):
@@ -318,10 +319,16 @@ def test_a_loop_that_was_killed_remembers_its_best_policy(with_real_success, mon
 
 def test_looks_at_real_libero_leave_the_states_of_the_comparison_alone(smoke_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    cfg = dataclasses.replace(evaluate.PRESETS["smoke"], tasks="goal:7", run="look", episodes=2, first_state=40)
+    cfg = dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:7", run="look")
     best, fallen = evaluate.keep_best(None, policy.load_policy(smoke_run.run / "policy_sft.pt"), 0, cfg)
     assert {r["init_index"] for r in evaluate.read_records("runs/look/episodes.jsonl")} == {40, 41} and best["successes"] == 0 and not fallen
     assert "real LIBERO after iteration 0: 0/2, best 0 after iteration 0\n" in capsys.readouterr().out
+    assert not list(Path("runs").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("flags", ["--eval-every -1", "--eval-every 5 --eval-episodes 41"])
+def test_looks_that_cannot_be_are_refused_before_anything_is_trained(refused, flags, tmp_path):
+    assert f"got {flags.split(' --eval-ep')[0]} --eval-episodes" in refused(ppo_loop, *flags.split()) and not list(tmp_path.iterdir())
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------------
