@@ -18,7 +18,6 @@ import functools
 import hashlib
 import json
 import os
-import subprocess
 import tempfile
 import time
 from concurrent.futures import BrokenExecutor, as_completed
@@ -60,7 +59,7 @@ class Config:
 
 PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", episodes=1, max_steps=16, explore_episodes=5, explore_horizon=0.08),
            "base": Config(preset="base"), "paper": Config(preset="paper", frame_every=1)}
-EXPLORE_SEED = 5000  # first reset seed of exploration; the shipped demonstrations use 1000 and up, official states none
+EXPLORE_SEED, LAYOUT_SEED = 5000, 100_000  # first reset seeds of exploration and `rollouts`; demonstrations use 1000 and up
 
 
 # ---- statistics ----------------------------------------------------------------------------------------------------------
@@ -99,17 +98,6 @@ def psnr(a, b):
     return 10 * np.log10(255 ** 2 / np.maximum(error, 1e-2))
 
 
-def ssim(a, b):
-    """uint8 frames (3, H, W) x 2 -> structural similarity (Wang et al. 2004), Gaussian window of 11 pixels, mean over channels."""
-    window = torch.exp(-torch.arange(-5.0, 6, dtype=torch.float64) ** 2 / (2 * 1.5 ** 2))
-    window = (window[:, None] * window / window.sum() ** 2)[None, None]
-    a, b = (torch.from_numpy(x.astype(float))[:, None] for x in (a, b))
-    blur = lambda x: torch.nn.functional.conv2d(x, window)
-    c1, c2, ma, mb = (0.01 * 255) ** 2, (0.03 * 255) ** 2, blur(a), blur(b)
-    va, vb, cov = blur(a * a) - ma ** 2, blur(b * b) - mb ** 2, blur(a * b) - ma * mb
-    return float(((2 * ma * mb + c1) * (2 * cov + c2) / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2))).mean())
-
-
 # ---- one episode in the real simulator -------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -125,12 +113,12 @@ def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None
     if exploring:
         max_steps = int(env.task.max_steps * cfg.explore_horizon)
     obs = env.reset(init_index, seed)
-    frames, frame_steps, proprio, actions, states = [obs["frames"]], [0], [env.proprio()], [], [env.state()]
+    frames, frame_steps, proprio, actions, states, sampled = [obs["frames"]], [0], [env.proprio()], [], [env.state()], []
     success, stopped, p_success = [bool(env.env.check_success())], False, 0.0
     while len(actions) < max_steps and not stopped:
         batch = {key: [value] if isinstance(value, str) else torch.from_numpy(value)[None] for key, value in obs.items()}
-        chunk = policy.to_env(policy.act(batch, deterministic=not (exploring or cfg.sample))[0])
-        chunk = chunk[0].numpy()[:max_steps - len(actions)]
+        sampled.append(policy.act(batch, deterministic=not (exploring or cfg.sample)))
+        chunk = policy.to_env(sampled[-1][0])[0].numpy()[:max_steps - len(actions)]
         for piece in (np.split(chunk, range(cfg.frame_every, len(chunk), cfg.frame_every)) if exploring else [chunk]):
             for action in piece:
                 _, ok = env.step_chunk(action[None], render=False)
@@ -139,12 +127,14 @@ def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None
                 proprio.append(env.proprio())
                 if exploring:
                     states.append(env.state())
-                if cfg.stop == "oracle" and not exploring and success[-1]:
+                if cfg.stop == "oracle" and success[-1] and not (exploring and cfg.past_success):
                     stopped = True
                     break
             frame_steps.append(len(actions))
             obs = env.observe()
             frames.append(obs["frames"])  # the last frame of a stopped episode ends its video
+            if stopped:
+                break
         if exploring and any(success):
             stopped = len(actions) >= np.argmax(success) + cfg.past_success
         if judge and cfg.stop == "reflector" and not exploring:
@@ -154,6 +144,7 @@ def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None
                   noise_scale=explore_scale or 0)
     if not exploring:
         return record, np.stack(frames)
+    record |= {key: np.concatenate(values) for key, values in zip(("action_chunk", "log_prob"), zip(*sampled))}  # (C, K, 7), (C, K)
     return record, data.Episode(np.stack(frames), np.array(frame_steps), np.stack(proprio), np.array(actions, np.float32),
                                 np.array(success), np.stack(states), env.task.instruction, env.task.name, "explore",
                                 seed - EXPLORE_SEED)
@@ -191,12 +182,13 @@ def _episode_job(cfg, policy_path, task, index, out):
     return record
 
 
-def run_jobs(cfg: Config, jobs):
-    """`_episode_job(cfg, *job)` of each job in simulator processes -> (job, record) as they end; an error drops queued jobs."""
+def run_jobs(cfg: Config, jobs, work=None):
+    """`_episode_job`, or other `work`, (cfg, *job) of each job in simulator processes -> (job, record) as they end; an error drops the
+    queued jobs."""
     success = []
     with data.process_pool(min(cfg.workers, len(jobs))) as pool, tqdm(total=len(jobs), unit="episode", mininterval=2) as bar:
         try:
-            futures = {pool.submit(_episode_job, cfg, *job): job for job in jobs}
+            futures = {pool.submit(work or _episode_job, cfg, *job): job for job in jobs}
             for future in as_completed(futures):
                 success.append(future.result()["success"])
                 yield futures[future], future.result()
@@ -213,25 +205,22 @@ def checked_tasks(cfg: Config) -> list[data.Task]:
     """The tasks of `cfg`. Raises UserError on values that no episode can run with, and on tasks of which the installed libero
     has only the name: more than half of the suites that LIBERO-PRO registers were never published."""
     for name, least in dict(episodes=1, workers=1, explore_episodes=1, frame_every=1, first_state=0, max_steps=0, past_success=0).items():
-        if getattr(cfg, name) < least:
-            raise data.UserError(f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected at least {least}")
-    if not cfg.noise_scale or not all(0 < scale < np.inf for scale in cfg.noise_scale):
-        got = " ".join(map(str, cfg.noise_scale)) or "without a number"
-        raise data.UserError(f"got --noise-scale {got}, expected positive numbers such as 1 2 4")
+        data.require(getattr(cfg, name) >= least, f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected at least {least}")
+    data.require(cfg.noise_scale and all(0 < scale < np.inf for scale in cfg.noise_scale), "got --noise-scale "
+                 f"{' '.join(map(str, cfg.noise_scale)) or 'without a number'}, expected positive numbers such as 1 2 4")
     tasks = data.parse_tasks(cfg.tasks)
-    if cfg.explore and len({task.name for task in tasks}) < len(tasks):
-        raise data.UserError(f"--tasks {cfg.tasks}: two of these tasks have the same name; explore one suite at a time")
+    data.require(not cfg.explore or len({task.name for task in tasks}) == len(tasks),
+                 f"--tasks {cfg.tasks}: two of these tasks have the same name; explore one suite at a time")
     for task in tasks:
         label, init_states = f"{task.suite}:{task.index}", []
         with contextlib.suppress(FileNotFoundError):
             init_states = data.libero_suite(task.suite).get_task_init_states(task.index)
-        if not len(init_states) or not Path(task.bddl_path).exists():
-            raise data.UserError(f"{label} cannot be run: the installed libero lacks its description or its initial states; "
-                                 "`libero-pro list` shows the complete suites")
+        data.require(len(init_states) and Path(task.bddl_path).exists(), f"{label} cannot be run: the installed libero lacks its "
+                     "description or its initial states; `libero-pro list` shows the complete suites")
         data.require(cfg.explore or cfg.first_state + cfg.episodes <= len(init_states),
                      f"{label} has {len(init_states)} official initial states, got --episodes {cfg.episodes} from {cfg.first_state} on")
-        if cfg.explore and int(task.max_steps * cfg.explore_horizon) < 1:
-            raise data.UserError(f"got --explore-horizon {cfg.explore_horizon}: not one of {label}'s {task.max_steps} steps")
+        data.require(not cfg.explore or int(task.max_steps * cfg.explore_horizon) >= 1,
+                     f"got --explore-horizon {cfg.explore_horizon}: not one of {label}'s {task.max_steps} steps")
     return tasks
 
 
@@ -290,20 +279,14 @@ def evaluate_policy(policies, cfg: Config) -> dict:
     return table
 
 
-def git_commit() -> str:
-    """The commit of this code, '+' appended where the work tree differs from it; 'unknown' outside git."""
-    git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    return (git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")) or "unknown"
-
-
 def summary(table, cfg: Config) -> dict:
     """What a result must carry: counts, intervals, the protocol, versions, hardware."""
     tasks = data.parse_tasks(cfg.tasks)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     out = dict(protocol=dict(stop=cfg.stop, max_steps=[cfg.max_steps or t.max_steps for t in tasks], seed=cfg.seed,
                              settle_steps=data.SETTLE_STEPS, init_states=list(range(cfg.first_state, cfg.first_state + cfg.episodes)),
                              actions="sampled" if cfg.sample else "deterministic"),
-               versions=data.versions(), git_commit=git_commit(), hardware=f"{os.cpu_count()} CPU cores, {gpu}", policies={})
+               versions=data.versions(), git_commit=data.beside("git_commit")(), hardware=f"{os.cpu_count()} CPU cores, "
+               f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}", policies={})
     for path, rows in table.items():
         total = {key: sum(r[key] for r in rows.values()) for key in ("successes", "ever_successes", "trials")}
         out["policies"][Path(path).stem] = dict(file=str(path), **total, interval=wilson_interval(total["successes"], total["trials"]),
@@ -315,18 +298,27 @@ def compare(before, after, cfg: Config) -> dict:
     """Two policies on the same official initial states -> `summary`, the paired difference, and what real data training used."""
     table = evaluate_policy([str(before), str(after)], cfg)
     outcomes = [[s for row in rows.values() for s in row["success"]] for rows in table.values()]
-    explored = data.load_episodes(data.run_dir(cfg) / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",))
+    run, tasks = data.run_dir(cfg), data.parse_tasks(cfg.tasks)  # without exploration where `ppo_loop.py` was told so
+    explored = data.load_episodes(run / "explore", tasks, kinds=("explore",)) if (run / "explore").exists() else []
+    iterations = {r["step"]: r.get("real_steps", 0) for r in read_records(run / "ppo_loop.jsonl")}  # a killed one is there twice
     return summary(table, cfg) | dict(difference=paired_difference(*outcomes), exploration_episodes=len(explored),
-                                      real_interactions=sum(len(e.actions) for e in explored))
+                                      real_interactions=int(sum(len(e.actions) for e in explored) + sum(iterations.values())))
+
+
+@contextlib.contextmanager
+def candidate(policy):
+    """A checkpoint file of `policy` while it learns, for the simulator processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/policy_candidate.pt"
+        data.save_checkpoint(path, "policy_rl", policy.cfg, policy, tokenizer=policy.tokenizer.backend_tokenizer.to_str(), demos={})
+        yield path
 
 
 def keep_best(best, policy, iteration, cfg):
     """Measure `policy` in real LIBERO, on states that no comparison uses, with the flags `cfg` of ppo_loop.py -> (it or `best`, whichever
     succeeds more often: {iteration, successes, model}, whether its rate is below the 95 % interval of the best)."""
     look = dataclasses.replace(PRESETS[cfg.preset], tasks=cfg.tasks, run=data.run_dir(cfg).name, seed=cfg.seed, episodes=2, first_state=40)
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/policy_candidate.pt"
-        data.save_checkpoint(path, "policy_rl", policy.cfg, policy, tokenizer=policy.tokenizer.backend_tokenizer.to_str(), demos={})
+    with candidate(policy) as path:
         rows = evaluate_policy([path], look)[path].values()
     successes, trials = (sum(row[key] for row in rows) for key in ("successes", "trials"))
     if not best or successes > best["successes"]:
@@ -338,23 +330,25 @@ def keep_best(best, policy, iteration, cfg):
     return best, fallen
 
 
-def print_table(result):
-    """One line per task, one column per policy: successes/trials [Wilson 95 % interval]; for two, their difference. Where the end of
-    an episode counts, `ever` tells how many succeeded at some step: what the oracle would have stopped in time."""
-    def cell(row):
-        rate, low, high = (100 * x for x in (row["successes"] / row["trials"], *row["interval"]))
-        ever = f" ever {row['ever_successes']}" if stop != "oracle" else ""
-        return f"{row['successes']:3d}/{row['trials']:<3d} {rate:5.1f} % [{low:4.1f}, {high:4.1f}]{ever}"
-    names, stop = list(result["policies"]), result["protocol"]["stop"]
-    print(f"\n{'real LIBERO, stop: ' + stop:44s}" + "".join(f"{n:42s}" for n in names))
-    for task, row in result["policies"][names[0]]["tasks"].items():
-        cells = [cell(result["policies"][n]["tasks"][task]) for n in names]
-        print(f"{(task + ' ' + row['instruction'])[:43]:44s}" + "".join(f"{c:42s}" for c in cells))
-    print(f"{'all':44s}" + "".join(f"{cell(result['policies'][n]):42s}" for n in names))
-    if "difference" in result:
-        mean, low, high = (100 * x for x in result["difference"])
-        print(f"RL - SFT, paired: {mean:+.1f} points [{low:+.1f}, {high:+.1f}] (95 %), stop rule: {stop}; "
-              f"real interactions used in training: {result['real_interactions']} steps in {result['exploration_episodes']} episodes")
+# ---- rollouts for ppo_loop.py --env libero ---------------------------------------------------------------------------------
+
+def _rollout_job(cfg, policy_path, task, layout, number):
+    """Runs in a worker: noisy rollout `number` from the layout of seed `layout` -> its record with what `ppo_loop.Rollouts` holds of it."""
+    policy = _cached_policy(policy_path)
+    env = _open_env(task, policy.cfg.image_size, policy.cfg.cameras == 2)
+    record, episode = run_episode(env, policy, dataclasses.replace(cfg, seed=number), seed=layout, explore_scale=cfg.noise_scale[0])
+    C, K = record["log_prob"].shape  # chunks queried
+    return record | dict(frames=episode.frames[:C], proprio=episode.proprio[::K][:C], instruction=task.instruction)
+
+
+def rollouts(policy, tasks, first, cfg):
+    """With the flags `cfg` of ppo_loop.py, its rollouts of each task from a layout of its own, `first` and up -> records, in order."""
+    settings = dataclasses.replace(PRESETS[cfg.preset], explore=True, explore_horizon=cfg.horizon, noise_scale=(cfg.noise_scale,),
+                                   frame_every=policy.cfg.chunk_size, past_success=0)
+    with candidate(policy) as path:
+        jobs = [(path, task, layout, number) for layout, task in enumerate(tasks, LAYOUT_SEED + first) for number in range(cfg.rollouts)]
+        records = dict(run_jobs(settings, jobs, _rollout_job))
+    return [records[job] for job in jobs]
 
 
 # ---- exploration data ------------------------------------------------------------------------------------------------------
@@ -401,7 +395,7 @@ def imagine(cfg: Config):
 def evaluate_world_sim(world_sim, episodes, horizons=(8, 64, 160)) -> dict:
     """Replay held-out actions in imagination and compare with the real frames at `horizons` (control steps): PSNR (dB) and SSIM,
     beside the first frame kept, the chunks of actions in another order, and standing still; error of proprio (mm, degrees)."""
-    rng, K, per_chunk = np.random.default_rng(0), world_sim.cfg.chunk_size, world_sim.cfg.frames_per_chunk
+    rng, K, per_chunk, ssim = np.random.default_rng(0), world_sim.cfg.chunk_size, world_sim.cfg.frames_per_chunk, data.beside("ssim")
     chunks = [np.split(e.actions, range(K, len(e.actions), K)) for e in episodes]
     shuffled = [np.concatenate([parts[i] for i in rng.permutation(len(parts))]) for parts in chunks]
     still = [e.actions * np.array([0, 0, 0, 0, 0, 0, 1], np.float32) for e in episodes]
@@ -425,13 +419,17 @@ def stability(world_sim, episodes, steps=304) -> dict:
             for name, of in measures.items()}
 
 
+def at_chunk_ends(episode, chunk_size):  # the frames that policy and reflector see in a rollout
+    seen = episode.frame_steps % chunk_size == 0
+    return dataclasses.replace(episode, frames=episode.frames[seen], frame_steps=episode.frame_steps[seen])
+
+
 def success_agreement(world_sim, reflector, episodes) -> dict:
     """The same actions in MuJoCo and in the simulator: does the reflector find in the imagined frames the outcome that was real?"""
     K, cfg = world_sim.cfg.chunk_size, reflector.cfg
     outcomes = dict(real=[bool(e.success.any()) for e in episodes], seen_real=[], seen_imagined=[])
     for episode, twin in zip(episodes, imagined_twins(world_sim, episodes)):
-        real = dataclasses.replace(episode, frames=episode.frames[episode.frame_steps % K == 0])
-        for name, seen in dict(seen_real=real, seen_imagined=twin).items():
+        for name, seen in dict(seen_real=at_chunk_ends(episode, K), seen_imagined=twin).items():
             score = torch.from_numpy(reflector.score(seen))[None]
             outcomes[name].append(bool(stops(score, reflector.threshold.cpu(), cfg.min_steps, cfg.patience).any()))
     real, seen_real, seen = (np.array(x) for x in outcomes.values())
@@ -442,22 +440,25 @@ def success_agreement(world_sim, reflector, episodes) -> dict:
                 agreement_on_real_frames=float((real == seen_real).mean()))
 
 
-def evaluate_reflector(reflector, episodes, threshold=None) -> dict:
-    """ROC AUC of per-frame success, and what stopping would do: share of failures stopped, of successes found, delay in steps."""
-    p, label, false_stop, found, delay = [], [], [], [], []
+def evaluate_reflector(reflector, episodes) -> dict:
+    """ROC AUC of per-frame success, and what stopping would do: share of failures stopped, of successes stopped while they were one
+    (found, with the delay in control steps) or while not (wrong, most often too early), and of all stops that were right."""
+    p, label, false_stop, found, wrong, delay = [], [], [], [], [], []
     for episode in episodes:
         score, truth = reflector.score(episode), episode.success[episode.frame_steps]
         p, label = np.concatenate([p, score]), np.concatenate([label, truth])
-        crossing = np.flatnonzero(score > (float(reflector.threshold) if threshold is None else threshold))
+        stop = stops(torch.from_numpy(score)[None], float(reflector.threshold), reflector.cfg.min_steps, reflector.cfg.patience)
+        at = np.flatnonzero(stop[0])[:1]  # the first, if there is one
         if truth.any():
-            found.append(bool(len(crossing)) and bool(truth[crossing[0]]))
-            if found[-1]:
-                delay.append(episode.frame_steps[crossing[0]] - np.argmax(episode.success))
+            found.append(truth[at].any())
+            wrong.append(not truth[at].all())
+            delay += list(episode.frame_steps[at] - np.argmax(episode.success)) if found[-1] else []
         else:
-            false_stop.append(len(crossing) > 0)
+            false_stop.append(len(at))
     mean = lambda x: float(np.mean(x)) if len(x) else float("nan")
-    return dict(auc=roc_auc(p, label), frames=len(p), positives=int(label.sum()), episodes=len(episodes),
-                failures=len(false_stop), false_stop_rate=mean(false_stop), found_rate=mean(found), mean_delay_steps=mean(delay))
+    return dict(auc=roc_auc(p, label), frames=len(p), positives=int(label.sum()), episodes=len(episodes), failures=len(false_stop),
+                false_stop_rate=mean(false_stop), found_rate=mean(found), wrong_stop_rate=mean(wrong), mean_delay_steps=mean(delay),
+                stop_precision=mean([True] * sum(found) + [False] * (sum(wrong) + sum(false_stop))))
 
 
 def report(cfg: Config):
@@ -465,15 +466,15 @@ def report(cfg: Config):
     run = data.run_dir(cfg)
     world_sim, reflector = load_world_sim(run / "world_sim.pt"), load_reflector(run / "reflector.pt")
     episodes = [e for e in data.load_episodes(run / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",)) if e.held_out]
+    real = [at_chunk_ends(e, world_sim.cfg.chunk_size) for e in episodes]
     outcome = lambda wanted: [e for e in episodes if e.success.any() == wanted]
     result = dict(world_sim=evaluate_world_sim(world_sim, episodes) | stability(world_sim, episodes)
                   | {f"{name}_episodes": evaluate_world_sim(world_sim, part) for name, part in
                      dict(successful=outcome(True), failed=outcome(False)).items() if part},
-                  agreement=success_agreement(world_sim, reflector, episodes), reflector=evaluate_reflector(reflector, episodes),
+                  agreement=success_agreement(world_sim, reflector, episodes), reflector=evaluate_reflector(reflector, real),
                   reflector_on_imagined=evaluate_reflector(reflector, twins := imagined_twins(world_sim, episodes)))
-    for episode, twin in zip(episodes, twins):
-        real = episode.frames[episode.frame_steps % world_sim.cfg.chunk_size == 0]
-        data.save_video(run / "videos" / f"gap_{episode.task}_{episode.index}.mp4", np.concatenate([real, twin.frames], -1), fps=4)
+    for e, twin in zip(real, twins):
+        data.save_video(run / "videos" / f"gap_{e.task}_{e.index}.mp4", np.concatenate([e.frames, twin.frames], -1), fps=4)
     print(json.dumps(result, indent=1))
     save_json(run / "report.json", result)
 
@@ -491,7 +492,7 @@ def main(cfg: Config):
             return stage(cfg)
     began, path = time.time(), cfg.policy or str(data.run_dir(cfg) / "policy_sft.pt")
     result = summary(evaluate_policy([path], cfg), cfg) | dict(seconds=round(time.time() - began))
-    print_table(result)
+    data.beside("print_table")(result)
     save_json(data.run_dir(cfg) / f"results_{Path(path).stem}_{cfg.stop}.json", result)
 
 

@@ -19,7 +19,6 @@ Reads: demonstrations (--demos), a published checkpoint (--pretrained).  Writes:
   python policy.py --tasks goal:1,7,8 --steps 500
   accelerate launch policy.py --preset paper --tasks goal --pretrained openvla-7b/     # fine-tune the published 7B model
 """
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,29 +99,6 @@ class ResNet(nn.Module):
         return rearrange(self.resnet(images * 2 - 1).last_hidden_state, "b c h w -> b (h w) c") + self.position
 
 
-class DinoSiglip(nn.Module):
-    """OpenVLA's towers: (B, 3, H, W) in [0, 1] -> (B, P, C), DINOv2's channels first. Of each the second-to-last block, without
-    the final norm and without class and register tokens."""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel
-        sizes = lambda width, layers, heads: dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                                                  image_size=cfg.image_size, patch_size=cfg.patch)
-        self.dino = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(num_register_tokens=4, **sizes(*cfg.dino)))
-        self.siglip = SiglipVisionModel(SiglipVisionConfig(intermediate_size=cfg.siglip[3], hidden_act="gelu", vision_use_head=False,
-                                                           **sizes(*cfg.siglip[:3])))
-        self.channels = cfg.dino[0] + cfg.siglip[0]
-
-    def forward(self, images):
-        mean, std = images.new_tensor(IMAGENET)[..., None, None]
-        dino = self.dino((images - mean) / std, output_hidden_states=True).hidden_states[-2][:, 5:]
-        return torch.cat([dino, self.siglip(images * 2 - 1, output_hidden_states=True).hidden_states[-2]], -1)
-
-
-IMAGENET = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)  # as published: rounded to bfloat16
-
-
 class MLPResNet(nn.Module):
     """OpenVLA-OFT's head: LN, Linear, ReLU, blocks of x + ReLU(Linear(LN(x))), LN, Linear."""
 
@@ -150,7 +126,7 @@ class Policy(nn.Module):
         self.noise_scale = 1.0  # multiplies the Laplace scale, in sampling and in density
         self.prompt_gradient = True  # False: only the suffix learns; what comes before it runs without gradient
         D, inputs = cfg.width, cfg.tokens_per_action * cfg.width
-        self.tower = ResNet(cfg) if cfg.tower else DinoSiglip(cfg)
+        self.tower = ResNet(cfg) if cfg.tower else data.beside("dino_siglip")(cfg)
         C = self.tower.channels
         self.projector = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, D), nn.GELU(), nn.Linear(D, D))
         self.proprio_projector = nn.Sequential(nn.Linear(8, D), nn.GELU(), nn.Linear(D, D))
@@ -169,18 +145,7 @@ class Policy(nn.Module):
             data.require(not wrong, f"{cfg.pretrained}: {len(wrong)} weights do not fit, such as {wrong[:1]}; it takes --preset paper")
             self.load_state_dict(weights, strict=False)  # the heads, OpenVLA itself does not have them
         if cfg.lora_rank:
-            self.add_lora()
-
-    def add_lora(self):
-        """LoRA on every linear layer of towers, projector and Llama (OpenVLA-OFT: alpha 16, gaussian start), heads stay in full."""
-        from peft import LoraConfig, inject_adapter_in_model
-        body, rank = ("tower", "projector", "llama"), self.cfg.lora_rank
-        linear = [n for n, module in self.named_modules() if isinstance(module, nn.Linear) and n.split(".")[0] in body]
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=min(rank, 16), target_modules=linear, init_lora_weights="gaussian"), self)
-        for name, p in self.named_parameters():
-            p.requires_grad_("lora_" in name or name.split(".")[0] not in body)
-            if self.cfg.bf16 and not p.requires_grad:
-                p.data = p.data.bfloat16()  # 14 GB instead of 28
+            data.beside("add_lora")(self)
 
     def parameter_groups(self, lr, lr_heads):
         """What is to be trained, for AdamW: the rest (or its LoRA) and the two heads; `peak` is what a schedule multiplies."""
@@ -216,8 +181,9 @@ class Policy(nn.Module):
         cfg, prompts = self.cfg, [self.cfg.prompt.format(text.lower()) for text in obs["instruction"]]
         text = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.action_bounds.device)
         ids = text["input_ids"]                                                                      # (B, L) padded on the left
+        augment = data.beside("augment")  # in training random crop, brightness, contrast, saturation, hue; else the centre crop
         views = [data.check_frames(obs[key], cfg.image_size, "policy") for key in ("frames", "wrist_frames")[:cfg.cameras]]
-        patches = torch.cat([self.projector(self.tower(self.augment(view.float() / 255))) for view in views], 1)  # (B, P, D)
+        patches = torch.cat([self.projector(self.tower(augment(view.float() / 255, cfg, self.training))) for view in views], 1)  # (B, P, D)
         proprio = self.proprio_projector(normalise(obs["proprio"], self.proprio_bounds))[:, None]    # (B, 1, D)
         # "▁" ends OpenVLA's prompts
         special = ids.new_tensor(self.tokenizer.convert_tokens_to_ids(["<s>", "▁", "</s>"])).expand(len(ids), 3)
@@ -232,21 +198,6 @@ class Policy(nn.Module):
         mask = torch.zeros(seen.shape, device=x.device).masked_fill(seen == 0, torch.finfo(torch.float32).min)
         mask, positions = repeat(mask, "b k -> b 1 q k", q=x.shape[1]), (seen.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1]:]
         return self.llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache).last_hidden_state
-
-    def augment(self, images):
-        """(B, 3, H, W) in [0, 1]: in training a random crop of `crop_area`, brightness, contrast, saturation, hue; else the centre crop."""
-        B, side = len(images), self.cfg.crop_area ** 0.5
-        draw = (torch.rand(6, B) * 2 - 1).to(images.device) if self.training else images.new_zeros(6, B)
-        affine = torch.cat([repeat(torch.eye(2, device=images.device) * side, "i j -> b i j", b=B), draw[:2].T[..., None] * (1 - side)], 2)
-        images = F.grid_sample(images, F.affine_grid(affine, images.shape, align_corners=False), align_corners=False, padding_mode="border")
-        if self.training:
-            bright, contrast, saturation = (1 + draw[2:5] * self.cfg.jitter)[..., None, None, None]
-            images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast) * bright
-            images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
-            turn = images.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) * 3 ** -0.5  # of colours around grey
-            hue = torch.matrix_exp(turn * (draw[5] * self.cfg.jitter / 4 * 2 * math.pi)[:, None, None])
-            images = torch.einsum("bij,bjhw->bihw", hue, images)
-        return images.clamp(0, 1)
 
     # ---- the density ----
     def act(self, obs, deterministic=False):

@@ -1,7 +1,7 @@
 """LOOP: leave-one-out PPO on rollouts imagined by the world simulator, judged by the reflector (World-Env, arXiv 2509.24948).
 
 For each of G start states, N rollouts:  a_t ~ policy;  o_{t+1} ~ world_sim(o_t, a_t);  p_t = reflector(o_1..o_t)
-  a rollout ends at the first p_t > threshold, or at the horizon; its one reward is R_n = p there
+  a rollout ends where the reflector is sure, or at the horizon; its one reward is R_n = 1 where it was sure, else 0
   A_n = R_n - 1/(N-1) * sum_{m != n} R_m                           leave-one-out (RLOO), no division by the standard deviation
   r_t = p_new(a_t | o_t) / p_old(a_t | o_t)                        one ratio per control step, 7 Laplace dimensions multiplied
   L = - mean_n mean_{t <= t_end,n} min(r_t A_n, clip(r_t, 1 - eps, 1 + eps) A_n)         eps = 0.1, one epoch
@@ -40,18 +40,26 @@ class Config:
     tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2
     demos: str = "data"  # directory with LIBERO HDF5 files, searched recursively
     run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
-    preset: str = "tiny"  # smoke or tiny, for every stage; other flags override it
+    preset: str = "tiny"  # smoke, tiny or base, for every stage; other flags override it
     seed: int = 0  # of every stage
-    iterations: int = 25  # collect rollouts, update, repeat
+    env: str = "world_sim"  # where rollouts happen: world_sim, or libero with its own success as reward (RIPT-VLA, arXiv 2505.17016)
+    explore: bool = True  # exploration episodes for simulator, reflector and starts; --no-explore: the paper's ablation
+    judge: str = "reward_head"  # or binary, the paper's ablation, see reflector.py
+    iterations: int = 60  # collect rollouts, update, repeat
     starts: int = 6  # G, start states per iteration; the paper's batch of 4
     rollouts: int = 8  # N, rollouts per start state
+    keyframe_starts: bool = False  # start rollouts from random frames of the episodes before success, not only from the first
+    reward: str = "stopped"  # 1 for a rollout that the reflector ended, else 0; or p_success: its score there, the paper's reward
     horizon: float = 0.6  # longest rollout, as a fraction of the suite's step limit
+    trust: float = 0.7  # start only in tasks in which so many of the reflector's stops in imagined exploration are right; 0: in all
     noise_scale: float = 3.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
     clip_eps: float = 0.1  # of the PPO ratio
     minibatch: int = 16  # rollouts per optimizer step
     micro_batch: int = 8  # rollouts per backward pass, gradients accumulated
-    lr: float = 3e-5  # language model and projectors; the paper: 1e-4 on LoRA
-    lr_heads: float = 3e-5  # action and scale head; the paper: 1e-5
+    lr: float = 5e-5  # peak, language model and projectors; the paper: 1e-4 on LoRA
+    lr_heads: float = 5e-5  # peak, action and scale head; the paper: 1e-5
+    warmup: int = 10  # iterations in which the learning rate rises, because Adam's first steps are full ones; then it falls to 0
+    train_scale: bool = True  # the scale head too; RIPT-VLA freezes it
     grad_clip: float = 1.0  # norm
     no_spread_limit: int = 4  # stop after this many iterations in which no group has a spread of rewards
     eval_every: int = 0  # iterations between looks at real LIBERO: the best policy is kept, and a fall ends training; 0: never
@@ -60,8 +68,9 @@ class Config:
 
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, horizon=0.06, minibatch=4, micro_batch=2, eval_episodes=1,
-                    no_spread_limit=100),
+    "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, horizon=0.06, minibatch=4, micro_batch=2, warmup=1,
+                    eval_episodes=1, no_spread_limit=100, trust=0),
+    "base": Config(preset="base", starts=24, eval_episodes=40),
 }
 
 
@@ -102,7 +111,7 @@ class Rollouts:
     action_chunk: torch.Tensor  # (R, C, K, 7) normalised
     old_log_prob: torch.Tensor  # (R, C, K)
     mask: torch.Tensor          # (R, C, K) 1 for executed steps
-    reward: torch.Tensor        # (R,) p_success where the rollout ended
+    reward: torch.Tensor        # (R,) one for each
     finish_step: torch.Tensor   # (R,) last executed control step
     stopped: torch.Tensor       # (R,) bool, by the reflector, not by the horizon
 
@@ -140,7 +149,20 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
         if not len(active):
             break
     out.mask = rearrange(step_mask(out.finish_step, C * K), "r (c k) -> r c k", k=K)
+    if cfg.reward == "stopped":
+        out.reward = out.stopped.float()
     return out
+
+
+def rollouts_in_libero(policy, tasks, first, cfg: Config) -> Rollouts:
+    """What `imagine` gives, from the real simulator with its success as reward: of G tasks, on the fresh layouts `first` and up."""
+    records, device = evaluate.rollouts(policy, tasks, first, cfg), policy.action_bounds.device
+    pad = lambda key: nn.utils.rnn.pad_sequence([torch.from_numpy(r[key]) for r in records], batch_first=True).to(device)
+    of_each = lambda key: torch.tensor([r[key] for r in records], device=device)
+    action_chunk, finish_step = pad("action_chunk"), of_each("steps") - 1
+    mask = rearrange(step_mask(finish_step, action_chunk[0, ..., 0].numel()), "r (c k) -> r c k", k=policy.cfg.chunk_size)
+    return Rollouts(pad("frames"), pad("proprio"), [r["instruction"] for r in records], action_chunk, pad("log_prob"), mask,
+                    of_each("ever_success").float(), finish_step, of_each("ever_success"))
 
 
 # ---- update --------------------------------------------------------------------------------------------------------------
@@ -180,6 +202,27 @@ def update(policy, optimizer, rollouts, cfg: Config):
                 **{k: torch.stack([m[k] for m in history]).mean() for k in history[0]})
 
 
+def trusted_tasks(reflector, cfg: Config):
+    """The tasks in which a share `trust` of the reflector's stops in imagined exploration episodes, whose real outcome is known, are in a
+    success: elsewhere LOOP would learn the errors of simulator and reflector."""
+    twins, right = data.load_episodes(data.run_dir(cfg) / "imagined", data.parse_tasks(cfg.tasks), kinds=("imagined",)), {}
+    for task in sorted({e.task for e in twins}):
+        right[task] = evaluate.evaluate_reflector(reflector, [e for e in twins if e.task == task])["stop_precision"]
+    print("share of the reflector's stops that are right: " + ", ".join(f"{task} {share:.2f}" for task, share in right.items()))
+    return {task for task, share in right.items() if share >= cfg.trust}
+
+
+def start_observation(episodes, cfg: Config, rng, device):
+    """What `imagine` starts from: the first observation of each episode or, with `keyframe_starts`, any before success."""
+    limit = {task.name: task.max_steps for task in data.parse_tasks(cfg.tasks)}
+    frame = [rng.choice(np.flatnonzero(~e.success[e.frame_steps])) * cfg.keyframe_starts for e in episodes]
+    as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
+    return dict(frames=as_tensor([e.frames[f] for e, f in zip(episodes, frame)]),
+                proprio=as_tensor([e.proprio[e.frame_steps[f]] for e, f in zip(episodes, frame)]),
+                camera=as_tensor([e.camera for e in episodes]).float(), instruction=[e.instruction for e in episodes],
+                horizon=max(int(cfg.horizon * limit[e.task]) for e in episodes))
+
+
 def train(cfg: Config):
     """LOOP from policy_sft.pt to policy_rl.pt."""
     run, device = data.run_dir(cfg), "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,33 +230,41 @@ def train(cfg: Config):
     checkpoint, finished = data.resume(path, "policy_rl", cfg, device, key="ppo_config", ignore=("run", "eval_episodes"))
     if finished:
         return print(f"{path} is finished ({cfg.iterations} iterations); delete it to train again")
-    policy = policy_script.load_policy(run / "policy_sft.pt", device)
-    world_sim = world_sim_script.load_world_sim(run / "world_sim.pt", device)
-    reflector = reflector_script.load_reflector(run / "reflector.pt", device)
-    policy.noise_scale = cfg.noise_scale
-    starts, _ = data.training_episodes(cfg, policy.cfg.image_size, policy.cfg.demos_per_task, ("expert", "explore"))
-    horizon = {task.name: int(cfg.horizon * task.max_steps) for task in data.parse_tasks(cfg.tasks)}
+    policy, starts = policy_script.load_policy(run / "policy_sft.pt", device), data.parse_tasks(cfg.tasks)
+    demos, policy.noise_scale = data.load_checkpoint(run / "policy_sft.pt", "policy_sft")["demos"], cfg.noise_scale
+    if cfg.env == "world_sim":
+        world_sim = world_sim_script.load_world_sim(run / "world_sim.pt", device)
+        reflector = reflector_script.load_reflector(run / "reflector.pt", device)
+        starts, _ = data.training_episodes(cfg, policy.cfg.image_size, policy.cfg.demos_per_task, ("expert", "explore")[:1 + cfg.explore])
+        trusted = trusted_tasks(reflector, cfg) if cfg.explore and cfg.trust else {e.task for e in starts}
+        starts = [e for e in starts if e.task in trusted]
+        data.require(starts, f"no task in which {cfg.trust:.0%} of the reflector's stops are right: explore more, or pass --trust 0")
     data.require(policy.cfg.cameras == 1, "this policy looks through two cameras, the simulator imagines one; train it with --cameras 1")
     policy.tower.requires_grad_(False)
+    for module in (policy.scale_trunk, policy.scale_out):
+        module.requires_grad_(cfg.train_scale)
     policy.prompt_gradient = policy.cfg.attention == "full"
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=0.0)
     first, no_spread = data.restore(checkpoint, policy, optimizer), checkpoint["no_spread"] if checkpoint else 0
     best, fallen = checkpoint["best"] if checkpoint else None, False
     if cfg.eval_every and not best:
         best, _ = evaluate.keep_best(None, policy, 0, cfg)
-    print(f"ppo_loop: {cfg.starts} starts x {cfg.rollouts} rollouts, {len(starts)} start states, iterations {first} to {cfg.iterations}")
+    print(f"ppo_loop: {cfg.starts} starts x {cfg.rollouts} rollouts in {cfg.env}, {len(starts)} "
+          f"to start from, iterations {first} to {cfg.iterations}")
     for iteration in (bar := trange(first, cfg.iterations, initial=first, total=cfg.iterations, desc="ppo_loop", mininterval=2)):
         torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # an iteration's randomness depends on its number alone: resuming is exact
         rng = np.random.default_rng((cfg.seed, iteration))
         picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, replace=cfg.starts > len(starts))]
-        as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
-        start_obs = dict(frames=as_tensor([e.frames[0] for e in picked]), proprio=as_tensor([e.proprio[0] for e in picked]),
-                         camera=as_tensor([e.camera for e in picked]).float(), instruction=[e.instruction for e in picked],
-                         horizon=max(horizon[e.task] for e in picked))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min((iteration + 1) / cfg.warmup, 1 - iteration / cfg.iterations)
         began = time.time()
-        rollouts = imagine(policy, world_sim, reflector, start_obs, cfg)
-        imagined = time.time()
-        metrics = update(policy, optimizer, rollouts, cfg) | dict(imagine_s=imagined - began, update_s=time.time() - imagined)
+        if cfg.env == "world_sim":
+            rollouts = imagine(policy, world_sim, reflector, start_observation(picked, cfg, rng, device), cfg)
+        else:
+            rollouts = rollouts_in_libero(policy, picked, iteration * cfg.starts, cfg)
+        collected = time.time()
+        metrics = update(policy, optimizer, rollouts, cfg) | dict(collect_s=collected - began, update_s=time.time() - collected)
+        metrics |= dict(real_steps=rollouts.mask.sum() * (cfg.env == "libero"))
         no_spread = no_spread + 1 if metrics["useful_groups"] == 0 else 0
         shown = ("reward", "stop_rate", "group_spread", "useful_groups", "approx_kl", "clip_frac")
         bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in shown})
@@ -225,8 +276,8 @@ def train(cfg: Config):
             policy.load_state_dict(best["model"])
         data.save_checkpoint(path, "policy_rl", policy.cfg, policy, ppo_config=data.plain(cfg), optimizer=optimizer.state_dict(),
                              step=iteration + 1, finished=finished, no_spread=no_spread, best=None if finished else best,
-                             metrics={k: float(v) for k, v in metrics.items()}, tokenizer=policy.tokenizer.backend_tokenizer.to_str(),
-                             demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in starts if e.source == "expert"})
+                             metrics={k: float(v) for k, v in metrics.items()}, demos=demos,
+                             tokenizer=policy.tokenizer.backend_tokenizer.to_str())
         data.require(no_spread < cfg.no_spread_limit, f"all rewards within every group were equal for {no_spread} iterations: nothing to "
                      f"learn from; delete {path} and raise --noise-scale or --starts")
         if fallen:
@@ -240,20 +291,25 @@ def main(cfg: Config):
     """Train whatever is missing, in order, then compare SFT and RL in real LIBERO."""
     data.require(cfg.eval_every >= 0 and (not cfg.eval_every or cfg.eval_episodes <= 40), f"got --eval-every {cfg.eval_every} "
                  f"--eval-episodes {cfg.eval_episodes}, expected at least 0, and at most 40: states 40 and 41 choose the policy")
+    for name, choice in dict(env=("world_sim", "libero"), reward=("stopped", "p_success"), judge=("reward_head", "binary")).items():
+        data.require(getattr(cfg, name) in choice, f"got --{name} {getattr(cfg, name)}, expected {' or '.join(choice)}")
     run, seconds = data.run_dir(cfg), {}
-    shared = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed)
+    shared, kinds = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed), ("expert", "explore", "imagined")[:1 + 2 * cfg.explore]
     preset = lambda script, **changes: dataclasses.replace(script.PRESETS[cfg.preset], **shared, **changes)
-    stages = [("policy_sft", policy_script.train, preset(policy_script, demos=cfg.demos)),
-              ("explore", evaluate.explore, preset(evaluate, explore=True)),
-              ("world_sim", world_sim_script.train, preset(world_sim_script, demos=cfg.demos)),
-              ("imagine", evaluate.imagine, preset(evaluate)),
-              ("reflector", reflector_script.train, preset(reflector_script, demos=cfg.demos)), ("ppo_loop", train, cfg)]
-    for number, (name, stage, config) in enumerate(stages, 1):
-        print(f"\n[{number}/7] {name}")
+    stages = dict(policy_sft=(policy_script.train, preset(policy_script, demos=cfg.demos)),
+                  explore=(evaluate.explore, preset(evaluate, explore=True)),
+                  world_sim=(world_sim_script.train, preset(world_sim_script, demos=cfg.demos, kinds=kinds[:2])),
+                  imagine=(evaluate.imagine, preset(evaluate)),
+                  reflector=(reflector_script.train, preset(reflector_script, demos=cfg.demos, judge=cfg.judge, kinds=kinds)),
+                  ppo_loop=(train, cfg))
+    needless = ("explore", "imagine") * (not cfg.explore) + ("explore", "world_sim", "imagine", "reflector") * (cfg.env == "libero")
+    stages = {name: stage for name, stage in stages.items() if name not in needless}
+    for number, (name, (stage, config)) in enumerate(stages.items(), 1):
+        print(f"\n[{number}/{len(stages) + 1}] {name}")
         since = time.time()
         stage(config)
         seconds[name] = round(time.time() - since)
-    print("\n[7/7] real LIBERO, SFT against RL on the same initial states")
+    print(f"\n[{len(stages) + 1}/{len(stages) + 1}] real LIBERO, SFT against RL on the same initial states")
     since, eval_cfg = time.time(), preset(evaluate, episodes=cfg.eval_episodes)
     result = evaluate.compare(run / "policy_sft.pt", run / "policy_rl.pt", eval_cfg)
     seconds["evaluate"] = round(time.time() - since)
@@ -261,10 +317,11 @@ def main(cfg: Config):
         earlier = json.loads((run / "results.json").read_text())["seconds"]
         seconds = {name: max(spent, earlier.get(name, 0)) for name, spent in seconds.items()}
     evaluate.save_json(run / "results.json", result | dict(seconds=seconds | dict(total=sum(seconds.values()))))
-    evaluate.report(eval_cfg)
-    evaluate.print_table(result)
+    if "explore" in stages:
+        evaluate.report(eval_cfg)
+    data.beside("print_table")(result)
     print(f"{sum(seconds.values()) / 60:.0f} min on {result['hardware']}; details: {run / 'results.json'}, "
-          f"videos (real | imagined): {run / 'videos'}")
+          f"videos: {run / 'videos'}")
 
 
 if __name__ == "__main__":

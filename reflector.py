@@ -11,6 +11,8 @@ Dims: B batch, T frames so far, P tokens per frame, D width, H W pixels.
 Differs from the paper: `tiny` trains a small LLaVA from scratch instead of a head on a frozen one, with a ResNet for its vision
 tower; it sees 2 frames, first and last, instead of 32, blurred at random in training because imagined frames are softer than
 real ones. (Trained from scratch, a head on the last text token learned nothing in 300 steps; the mean over o_t's tokens does.)
+`--judge binary` stands for a LLaVA that is asked whether the task is done: the same network, but its answer is yes or no, and it
+has seen nothing but demonstrations, as a model asked without a reward head has seen no rollout of this policy.
 Reads: demonstrations (--demos), runs/<run>/explore/, runs/<run>/imagined/.  Writes: runs/<run>/reflector.pt, reflector.jsonl.
 
   python reflector.py --demos data/
@@ -32,10 +34,11 @@ class Config:
     tasks: str = "goal"  # suite or choice of tasks: goal, object, spatial, long, all, goal:0,3,7, goal:1+object:2
     demos: str = "data"  # directory with LIBERO HDF5 files, searched recursively
     run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
-    preset: str = "tiny"  # smoke or tiny; every other flag overrides it
+    preset: str = "tiny"  # smoke, tiny or base; every other flag overrides it
     seed: int = 0  # of weights and batches
     demos_per_task: int = 5  # expert demonstrations used
     kinds: tuple[str, ...] = ("expert", "explore", "imagined")  # training data
+    judge: str = "reward_head"  # or binary, the paper's baseline: says yes or no, learned from demonstrations alone
     image_size: int = 96  # H = W in pixels
     frames: int = 2  # frames seen at once, uniformly picked from those so far; the paper: 32
     tower: tuple[int, ...] = (32, 64, 128)  # channels of the ResNet stages, each halving the resolution after a stem of 4
@@ -43,7 +46,7 @@ class Config:
     layers: int = 2  # of the language model
     heads: int = 4  # of attention
     min_steps: int = 0  # scored frames before a rollout may stop
-    patience: int = 1  # consecutive scores above the threshold needed to stop
+    patience: int = 2  # consecutive scores above the threshold needed to stop
     wrong_instruction: float = 0.15  # share of samples shown with another task's instruction, label 0
     jitter: float = 0.2  # brightness and contrast augmentation
     steps: int = 1500  # gradient steps
@@ -56,6 +59,8 @@ PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), frames=3, width=32, layers=1, heads=2, steps=20,
                     batch_size=8, save_every=10),
+    "base": Config(preset="base", image_size=224, frames=8, tower=(64, 128, 256, 512), width=512, layers=8, heads=8, steps=10000,
+                   batch_size=64, lr=3e-4, save_every=1000),
 }
 
 
@@ -91,7 +96,8 @@ class Reflector(nn.Module):
         mask = F.pad(text["attention_mask"], (0, x.shape[1] - text["input_ids"].shape[1]), value=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         hidden = llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
-        return self.head(hidden[:, -tokens.shape[2]:].mean(1)).float()[:, 0]
+        logit = self.head(hidden[:, -tokens.shape[2]:].mean(1)).float()[:, 0]
+        return logit if self.training or self.cfg.judge == "reward_head" else torch.where(logit > 0, 1e3, -1e3)  # p is 1 or 0
 
     def forward(self, frames, instruction):
         """uint8 frames so far (B, T, 3, H, W), instruction list of B str -> logit (B,)."""
@@ -150,14 +156,18 @@ def finish_step(p_success, threshold, min_steps=0, patience=1):
     return torch.where(hit.any(1), hit.float().argmax(1), p_success.shape[1] - 1)
 
 
-def choose_threshold(p_success, label) -> float:
-    """The threshold of best F0.5: a false stop ruins a rollout, a late one costs a few steps. 0.5 unless both labels occur."""
-    p, label = np.asarray(p_success, float), np.asarray(label, bool)
-    if label.all() or not label.any():
+def choose_threshold(p_success, label, min_steps=0, patience=1) -> float:
+    """Scores and truth of n episodes, (n, T) padded with 0, or (n,) -> the threshold of best F0.5, where an episode counts as found if
+    the frame that stops it is a success: a stop too early ruins a rollout, a late one costs a few steps. 0.5 unless both labels occur."""
+    p, label = torch.as_tensor(np.asarray(p_success, np.float32)), torch.as_tensor(np.asarray(label, bool))
+    p, label = p.reshape(len(p), -1), label.reshape(len(p), -1)
+    if label.any(1).all() or not label.any():
         return 0.5
     grid = np.linspace(0.05, 0.95, 181)
-    called = p > grid[:, None]                                                                           # (181, n)
-    f = 1.25 * (called & label).sum(1) / (called.sum(1) + 0.25 * label.sum())
+    hits = torch.stack([stops(p, threshold, min_steps, patience) for threshold in grid])                 # (181, n, T)
+    called = hits.any(-1)
+    right = called & label.expand_as(hits).gather(-1, hits.float().argmax(-1, keepdim=True))[..., 0]
+    f = 1.25 * right.sum(1) / (called.sum(1) + 0.25 * label.any(1).sum())
     best = np.flatnonzero(f == f.max())
     return float(grid[best[len(best) // 2]])
 
@@ -172,11 +182,12 @@ def load_reflector(path, device="cpu") -> Reflector:
 
 # ---- training ------------------------------------------------------------------------------------------------------------
 
-def make_batch(episodes, positives, negatives, instructions, cfg, rng):
-    """-> frames (B, T, 3, H, W) uint8, instruction, label (B,): half positives where there are any, some with another instruction."""
+def make_batch(episodes, positives, near, negatives, instructions, cfg, rng):
+    """-> frames (B, T, 3, H, W) uint8, instruction, label (B,): half positives and a quarter near misses where there are any, some with
+    another instruction. The three are lists of (episode, frame)."""
     samples = []
     for b in range(cfg.batch_size):
-        rows = positives if positives and (b % 2 or not negatives) else negatives
+        rows = positives if positives and (b % 2 or not negatives) else near if near and b % 4 else negatives
         i, f = rows[rng.integers(len(rows))]
         label, text = float(rows is positives), episodes[i].instruction
         if len(instructions) > 1 and rng.random() < cfg.wrong_instruction:
@@ -191,10 +202,14 @@ def train(cfg: Config):
     checkpoint, finished = data.resume(path, "reflector", cfg, device := processes.device)
     if finished:
         return print(f"{path} is finished ({cfg.steps} steps); delete it to train again")
+    data.require(cfg.judge in ("reward_head", "binary"), f"got --judge {cfg.judge}, expected reward_head or binary")
     torch.manual_seed(cfg.seed)
-    episodes, held_out = data.training_episodes(cfg, cfg.image_size, cfg.demos_per_task, cfg.kinds)
+    kinds = cfg.kinds if cfg.judge == "reward_head" else ("expert",)
+    episodes, held_out = data.training_episodes(cfg, cfg.image_size, cfg.demos_per_task, kinds)
+    judged = [e for e in held_out if e.source == "imagined"] or held_out or episodes  # to choose the threshold on, as LOOP will use it
     labelled = [(i, f, bool(e.success[s])) for i, e in enumerate(episodes) for f, s in enumerate(e.frame_steps)]
     positives, negatives = [(i, f) for i, f, y in labelled if y], [(i, f) for i, f, y in labelled if not y]
+    near = [(i, f) for i, f in negatives if episodes[i].success[episodes[i].frame_steps[f]:][:33].any()]  # success within 32 steps
     instructions = sorted({e.instruction for e in episodes})
     tokenizer = checkpoint["tokenizer"] if checkpoint else data.beside("train_tokenizer")()
     reflector = Reflector(cfg, load_tokenizer(tokenizer)).to(device)
@@ -205,22 +220,22 @@ def train(cfg: Config):
 
     def loss_of(phase, step):
         reflector.train()
-        frames, texts, label = make_batch(episodes, positives, negatives, instructions, cfg, np.random.default_rng((cfg.seed, step)))
+        frames, texts, label = make_batch(episodes, positives, near, negatives, instructions, cfg, np.random.default_rng((cfg.seed, step)))
         share = slice(processes.process_index, None, processes.num_processes)
         return reflector.loss(frames[share].to(device), texts[share], label[share].to(device))
 
     def choose_where_training_did_not_look(step):
-        if step == cfg.steps:
+        if step == cfg.steps and cfg.judge == "reward_head":
             reflector.eval()
-            judged = [(reflector.score(e).max(), e.success.any()) for e in held_out or episodes]  # would it stop, should it
-            reflector.threshold.fill_(choose_threshold(*zip(*judged)))
+            pad = lambda rows: nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
+            p, label = pad([reflector.score(e) for e in judged]), pad([e.success[e.frame_steps] for e in judged])
+            reflector.threshold.fill_(choose_threshold(p, label, cfg.min_steps, cfg.patience))
         return dict(threshold=reflector.threshold)
 
     data.fit(cfg, "reflector", reflector, optimizer, checkpoint, (cfg.steps,), loss_of, choose_where_training_did_not_look,
              tokenizer=tokenizer)
     if processes.is_main_process:  # the one that chose it
-        print(f"threshold {float(reflector.threshold):.2f} from {len(held_out or episodes)} "
-              f"{'held-out' if held_out else 'training'} episodes")
+        print(f"threshold {float(reflector.threshold):.2f} from {len(judged)} {'held-out' if held_out else 'training'} episodes")
 
 
 if __name__ == "__main__":

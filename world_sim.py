@@ -164,28 +164,6 @@ def action_map(points, fingers, size):
     return torch.cat([dots, dots[:, :, :1] * ((fingers[..., :1] - fingers[..., 1:]) / 0.08)[..., None, None]], 2)
 
 
-class LinearVAE(nn.Module):
-    """Probabilistic PCA of patches, the optimum of a VAE without hidden layers: (B, D, h, w) <-> (B, C, h, w).
-    What two cores buy: 33 dB PSNR on held-out frames of Goal in closed form; an AutoencoderKL (16 latents) had 23 dB after 90 s."""
-
-    def __init__(self, inputs, latents, size):
-        super().__init__()
-        self.register_buffer("background", torch.zeros(inputs, size, size))  # mean frame: the cameras stand still
-        self.register_buffer("basis", torch.eye(inputs, latents))
-
-    @torch.no_grad()
-    def fit(self, folded):  # frames (N, D, h, w)
-        self.background.copy_(folded.mean(0))
-        patches = rearrange(folded - self.background, "b d h w -> (b h w) d")
-        self.basis.copy_(torch.linalg.eigh(patches.T @ patches)[1].flip(1)[:, :self.basis.shape[1]])  # by falling variance
-
-    def encode(self, folded):
-        return torch.einsum("bdhw,dc->bchw", folded - self.background, self.basis)
-
-    def decode(self, latents):
-        return torch.einsum("bchw,dc->bdhw", latents, self.basis) + self.background
-
-
 class StackedUNet(nn.Module):
     """A 2-D U-Net with the frames of memory and chunk as channels of one picture; the actions join its time embedding.
     80 channels are an action map, 5 dots at 4 x 4 points per latent cell; 24 say how to copy one known frame, see `WorldSim.copy`."""
@@ -218,17 +196,13 @@ class StackedUNet(nn.Module):
 class WorldSim(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
-        from diffusers import AutoencoderKL, DDIMScheduler
+        from diffusers import DDIMScheduler
         data.require(not cfg.warp or (cfg.prediction == "sample" and cfg.residual and not cfg.video_unet), "--warp gives the change of a "
                      "frame: it takes --prediction sample, --residual and --no-video-unet; or pass --no-warp")
-        self.cfg, levels, folded = cfg, len(cfg.vae_channels), 3 * cfg.patch ** 2
-        self.size, gap = cfg.image_size // cfg.patch // 2 ** max(0, levels - 1), cfg.chunk_size // cfg.frames_per_chunk
+        self.cfg, gap = cfg, cfg.chunk_size // cfg.frames_per_chunk
+        self.size = cfg.image_size // cfg.patch // 2 ** max(0, len(cfg.vae_channels) - 1)
         self.frames_at = slice(gap - 1, None, gap)  # the actions after which frames are predicted
-        if levels:
-            self.vae = AutoencoderKL(folded, folded, ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels, cfg.vae_channels, 2,
-                                     latent_channels=cfg.latent_channels, norm_num_groups=min(32, cfg.vae_channels[0] // 2))
-        else:
-            self.vae = LinearVAE(folded, cfg.latent_channels, self.size)
+        self.vae = data.beside("vae")(cfg, 3 * cfg.patch ** 2, self.size)
         self.denoiser = data.beside("video_unet")(cfg) if cfg.video_unet else StackedUNet(cfg, self.size)
         self.dynamics = Dynamics(cfg.chunk_size, cfg.hidden)
         self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -243,12 +217,10 @@ class WorldSim(nn.Module):
         return rearrange(frames.float() / 127.5 - 1, "b c (h p) (w q) -> b (c p q) h w", p=self.cfg.patch, q=self.cfg.patch)
 
     def to_latents(self, frames):  # (B, 3, H, W), 0 to 255 -> (B, C, h, w), standardised
-        latents = self.vae.encode(self.fold(frames))
-        return ((latents.latent_dist.mode() if self.cfg.vae_channels else latents) - self.latent_mean) / self.latent_std
+        return (self.vae.encode(self.fold(frames)) - self.latent_mean) / self.latent_std
 
     def to_frames(self, latents):  # (..., C, h, w) -> (..., 3, H, W), about 0 to 255
-        folded = self.vae.decode(latents.flatten(0, -4) * self.latent_std + self.latent_mean)
-        folded, p = folded.sample if self.cfg.vae_channels else folded, self.cfg.patch
+        folded, p = self.vae.decode(latents.flatten(0, -4) * self.latent_std + self.latent_mean), self.cfg.patch
         return (rearrange(folded, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p).unflatten(0, latents.shape[:-3]) + 1) * 127.5
 
     @torch.no_grad()
@@ -257,13 +229,6 @@ class WorldSim(nn.Module):
 
     def decode(self, latents):  # (..., C, h, w) -> uint8 (..., 3, H, W), 255 levels like a real frame
         return self.to_frames(latents).round().clamp(0, 255).to(torch.uint8)
-
-    def vae_loss(self, frames):
-        """Reconstruction of uint8 frames (B, 3, H, W), and a KL term that only keeps the latents bounded."""
-        folded = self.fold(frames)
-        posterior = self.vae.encode(folded).latent_dist
-        error = F.mse_loss(self.vae.decode(posterior.sample()).sample, folded)
-        return error + 1e-6 * posterior.kl().mean(), dict(vae_psnr=10 * torch.log10(4 / error.detach()))
 
     def remember(self, frames, camera) -> Memory:  # start rollouts at frames uint8 (B, 3, H, W), seen by cameras (B, 3, 4)
         return Memory(self.encode(frames)[:, None], camera, camera.new_zeros(len(frames), 8), camera.new_tensor([REST] * len(frames)))
@@ -430,10 +395,9 @@ def make_batch(rows, latents, cfg, rng, device, size, before=0):
 
 @torch.no_grad()
 def prepare(world_sim, frames, rows):
-    """After the VAE phase: measure the statistics that standardise latents, changes and proprio."""
+    """After the VAE phase: fit a linear one, measure the statistics that standardise latents, changes and proprio."""
     cfg = world_sim.cfg
-    if not cfg.vae_channels:
-        world_sim.vae.fit(world_sim.fold(frames[::max(1, len(frames) // 1000)]))
+    world_sim.vae.fit(world_sim.fold(frames[::max(1, len(frames) // 1000)]))
     spread = lambda x: (x.mean((0, 2, 3), keepdim=True)[0], x.std((0, 2, 3), keepdim=True)[0])
     world_sim.latent_mean, world_sim.latent_std = spread(world_sim.encode(frames[::4]))
     if cfg.residual:
@@ -471,7 +435,7 @@ def train(cfg: Config):
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 64 + processes.process_index)  # every process its own noise
         rng = np.random.default_rng((cfg.seed, step, processes.process_index))
         if phase == 0:
-            return world_sim.vae_loss(frames[rng.integers(len(frames), size=cfg.batch_size).tolist()])
+            return world_sim.vae.loss(world_sim.fold(frames[rng.integers(len(frames), size=cfg.batch_size).tolist()]))
         if step == cfg.vae_steps:
             prepare(world_sim, frames, rows)
         if phase == 1:

@@ -82,8 +82,8 @@ class ScriptedEnv:
 
 
 class ScriptedPolicy:
-    noise_scale, cfg = 1.0, SimpleNamespace(image_size=32, cameras=1)
-    act = lambda self, obs, deterministic: (torch.zeros(1, 8, 7), None)
+    noise_scale, cfg = 1.0, SimpleNamespace(image_size=32, cameras=1, chunk_size=8)
+    act = lambda self, obs, deterministic: (torch.zeros(1, 8, 7), torch.zeros(1, 8))
     to_env = lambda self, chunk: chunk
 
 
@@ -125,25 +125,31 @@ def test_exploration_goes_on_past_success_and_is_stored_aligned():
     assert (episode.states[:, 0] == episode.proprio[:, 0]).all() and np.flatnonzero(episode.success).tolist() == [11]
 
 
-def test_reflector_report_counts_false_stops_and_delay():
-    scores = {0: [0.1, 0.2, 0.9, 0.9], 1: [0.1, 0.9, 0.1, 0.1], 2: [0.1, 0.1, 0.1, 0.1], 3: [0.1, 0.1, 0.1, 0.2]}
-    episodes = [make_episode(T=12, index=index, success_from=step) for index, step in enumerate((6, None, None, 8))]
-    stub = SimpleNamespace(threshold=0.5, score=lambda episode: np.array(scores[episode.index]))
+def test_reflector_report_counts_false_wrong_and_late_stops():
+    scores = {0: [0.1, 0.2, 0.9, 0.9], 1: [0.1, 0.9, 0.1, 0.1], 2: [0.1, 0.1, 0.1, 0.1], 3: [0.1, 0.1, 0.1, 0.2], 4: [0.1, 0.9, 0.9, 0.9]}
+    episodes = [make_episode(T=12, index=index, success_from=step) for index, step in enumerate((6, None, None, 8, 12))]
+    stub = SimpleNamespace(threshold=0.5, score=lambda episode: np.array(scores[episode.index]), cfg=SimpleNamespace(min_steps=0, patience=1))
     result = evaluate.evaluate_reflector(stub, episodes)
-    assert result["false_stop_rate"] == 0.5 and result["found_rate"] == 0.5
-    assert result["mean_delay_steps"] == 2 and result["positives"] == 4
-    assert evaluate.evaluate_reflector(stub, episodes, threshold=0.95)["found_rate"] == 0
+    assert result["false_stop_rate"] == 0.5 and result["found_rate"] == result["wrong_stop_rate"] == 1 / 3  # the last stops too early
+    assert result["mean_delay_steps"] == 2 and result["positives"] == 5 and result["stop_precision"] == 1 / 3
+    patient = SimpleNamespace(**vars(stub) | dict(cfg=SimpleNamespace(min_steps=0, patience=2)))
+    result = evaluate.evaluate_reflector(patient, episodes)
+    assert result["false_stop_rate"] == 0 and result["found_rate"] == 1 / 3 and result["mean_delay_steps"] == 6
+    stub.threshold = 0.95
+    result = evaluate.evaluate_reflector(stub, episodes)
+    assert result["found_rate"] == 0 and np.isnan(result["stop_precision"])
 
 
 def test_ssim_knows_equal_noisy_and_unrelated_frames():
+    ssim = data.beside("ssim")
     rng = np.random.default_rng(0)
     frame = np.kron(rng.integers(0, 256, (3, 8, 8)), np.ones((8, 8))).astype(np.uint8)
     noisy = np.clip(frame + rng.normal(0, 20, frame.shape), 0, 255).astype(np.uint8)
-    values = [evaluate.ssim(frame, other) for other in (frame, noisy, frame[:, ::-1].copy())]
+    values = [ssim(frame, other) for other in (frame, noisy, frame[:, ::-1].copy())]
     assert values[0] == pytest.approx(1) and 0.3 < values[1] < 0.95 and values[2] < values[1]
     flat = np.full((3, 32, 32), 100, np.uint8)  # only the means differ: (2 a b + c) / (a^2 + b^2 + c)
     c = (0.01 * 255) ** 2
-    assert evaluate.ssim(flat, flat + 50) == pytest.approx((2 * 100 * 150 + c) / (100 ** 2 + 150 ** 2 + c), abs=1e-5)
+    assert ssim(flat, flat + 50) == pytest.approx((2 * 100 * 150 + c) / (100 ** 2 + 150 ** 2 + c), abs=1e-5)
 
 
 def simulator(frames_of):
@@ -195,7 +201,7 @@ def test_success_agreement_and_its_kappa(monkeypatch):
 
 def test_each_real_episode_is_judged_on_its_own(tokenizer, tmp_path, monkeypatch):
     """Scores of one episode do not count towards `min_steps` or `patience` of the next one in the same worker."""
-    cfg = dataclasses.replace(reflector.PRESETS["smoke"], min_steps=2)
+    cfg = dataclasses.replace(reflector.PRESETS["smoke"], min_steps=2, patience=1)
     model = reflector.Reflector(cfg, tokenizer)
     model.threshold.fill_(0.0)  # every score is above
     data.save_checkpoint(tmp_path / "reflector.pt", "reflector", cfg, model, tokenizer=tokenizer.backend_tokenizer.to_str())
@@ -241,6 +247,26 @@ def test_every_published_suite_is_known_by_name_and_runs_as_long_as_its_base():
         base = max((name for name in data.MAX_STEPS if suite.startswith(name)), key=len)
         assert {task.max_steps for task in tasks} == {data.MAX_STEPS[base]}, suite
         assert len(tasks) == (90 if suite == "libero_90" else 10) and all(task.camera.shape == (3, 4) for task in tasks)
+
+
+@pytest.mark.parametrize("succeeds_at, steps", [(11, 11), (8, 8), (99, 20)])
+def test_a_real_rollout_ends_with_the_step_that_succeeds(monkeypatch, succeeds_at, steps):
+    """And holds an observation, an action chunk and its log-probability for each time the policy was asked, nothing of what came after."""
+    monkeypatch.setattr(data, "LiberoEnv", lambda task, image_size, wrist: ScriptedEnv(succeeds_at))
+    monkeypatch.setattr(evaluate, "_cached_policy", lambda path: ScriptedPolicy())
+    monkeypatch.setattr(evaluate, "_cached_env", {})
+    cfg = evaluate.Config(explore=True, explore_horizon=0.2, noise_scale=(3.0,), frame_every=8, past_success=0)
+    record = evaluate._rollout_job(cfg, "policy_candidate.pt", ScriptedEnv.task, 100_000, 1)
+    queries = -(-steps // 8)
+    assert (record["steps"], record["ever_success"], record["noise_scale"]) == (steps, succeeds_at <= 20, 3.0)
+    assert record["frames"][:, 0, 0, 0].tolist() == record["proprio"][:, 0].tolist() == [0, 8, 16][:queries]
+    assert record["action_chunk"].shape == (queries, 8, 7) and record["log_prob"].shape == (queries, 8)
+
+
+@pytest.mark.parametrize("frame_every", [4, 8])
+def test_exploration_may_end_with_the_step_that_succeeds(frame_every):
+    episode = run(ScriptedEnv(11), explore_scale=1.0, frame_every=frame_every, past_success=0)[1]
+    assert len(episode.actions) == 11 and episode.frame_steps[-1] == 11 and len(episode.success) == 12
 
 
 def test_the_policy_is_told_the_perturbed_instruction():
@@ -413,9 +439,9 @@ def test_a_policy_with_two_cameras_sees_both(undisturbed, tokenizer, tmp_path, m
 def test_the_table_tells_what_the_oracle_would_have_stopped_in_time(capsys):
     row = dict(successes=3, ever_successes=7, trials=10, interval=(0.1, 0.6), instruction="turn on the stove")
     result = dict(protocol=dict(stop="horizon"), policies=dict(policy_sft=row | dict(tasks={"libero_goal:7": row})))
-    evaluate.print_table(result)
+    data.beside("print_table")(result)
     assert capsys.readouterr().out.count("3/10   30.0 % [10.0, 60.0] ever 7") == 2
-    evaluate.print_table(result | dict(protocol=dict(stop="oracle")))
+    data.beside("print_table")(result | dict(protocol=dict(stop="oracle")))
     assert "ever" not in capsys.readouterr().out
 
 

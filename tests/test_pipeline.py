@@ -18,7 +18,7 @@ import policy
 import ppo_loop
 import reflector
 import world_sim
-from conftest import ROOT, write_foreign
+from conftest import ROOT, make_episode, write_foreign
 
 TASKS = ["--tasks", "goal:1,7", "--preset", "smoke"]
 BOWL = "put_the_bowl_on_the_stove_demo.hdf5"
@@ -117,6 +117,105 @@ def test_an_exploration_episode_is_the_same_in_whatever_process_and_order(smoke_
     np.testing.assert_allclose(again.states, recorded.states, atol=1e-6)
     np.testing.assert_allclose(again.actions, recorded.actions, atol=1e-6)
     assert np.array_equal(again.frames, recorded.frames)
+
+
+# ---- rollouts in the real simulator ----------------------------------------------------------------------------------------
+
+def test_the_loop_in_real_libero_needs_no_simulator_and_no_reflector(smoke_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(smoke_run.cwd / "data")
+    (tmp_path / "runs" / "real").mkdir(parents=True)
+    shutil.copy(smoke_run.run / "policy_sft.pt", "runs/real")
+    run_script(ppo_loop, *TASKS, "--env", "libero", "--run", "real", "--iterations", "1", "--rollouts", "2")
+    out, result = capsys.readouterr().out, json.loads(Path("runs/real/results.json").read_text())
+    assert {path.name for path in Path("runs/real").iterdir()} == {"policy_sft.pt", "policy_rl.pt", "ppo_loop.jsonl", "episodes.jsonl", "results.json", "videos"}
+    assert [line[:5] for line in out.splitlines() if line[:1] == "["] == ["[1/3]", "[2/3]", "[3/3]"]
+    assert result["real_interactions"] == 2 * 2 * int(0.06 * 300) and result["exploration_episodes"] == 0 and "72 steps, 0 exploration" in out
+
+
+def test_real_rollouts_of_one_start_share_it_and_the_update_sees_the_density_that_sampled(smoke_run, monkeypatch):
+    """Of two tasks, so that simulator processes change between them; half of the rollouts are said to succeed."""
+    model, tasks = policy.load_policy(smoke_run.run / "policy_sft.pt"), data.parse_tasks("goal:1,7")
+    model.noise_scale = 3.0
+    cfg = dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:1,7", rollouts=2, env="libero", noise_scale=3.0)
+    rollouts = ppo_loop.rollouts_in_libero(model, tasks, 0, cfg)
+    assert rollouts.frames.shape == (4, 3, 3, 32, 32) and rollouts.mask.flatten(1).sum(1).tolist() == [18] * 4 and not rollouts.stopped.any()
+    assert rollouts.instruction == [task.instruction for task in tasks for _ in range(2)]
+    assert torch.equal(rollouts.frames[::2, 0], rollouts.frames[1::2, 0]) and not torch.equal(rollouts.frames[0, 0], rollouts.frames[2, 0])
+    assert len(torch.unique(rollouts.action_chunk[:, 0], dim=0)) == 4 and not torch.equal(rollouts.frames[0, 2], rollouts.frames[1, 2])
+    before = [p.clone() for p in model.parameters()]
+    metrics = ppo_loop.update(model, torch.optim.SGD(model.parameters(), lr=1e-3), dataclasses.replace(rollouts, reward=torch.tensor([1.0, 0, 0, 1])), cfg)
+    assert metrics["useful_groups"] == 1 and any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_the_papers_ablation_needs_no_exploration_and_judges_yes_or_no(smoke_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(smoke_run.cwd / "data")
+    (tmp_path / "runs" / "bare").mkdir(parents=True)
+    shutil.copy(smoke_run.run / "policy_sft.pt", "runs/bare")
+    run_script(ppo_loop, *TASKS, "--no-explore", "--judge", "binary", "--run", "bare", "--iterations", "1")
+    assert not {"explore", "imagined", "report.json"} & {path.name for path in Path("runs/bare").iterdir()}
+    assert [line[:5] for line in capsys.readouterr().out.splitlines() if line[:1] == "["] == [f"[{i}/5]" for i in range(1, 6)]
+    configs = [data.load_checkpoint(f"runs/bare/{kind}.pt", kind)["config"] for kind in ("world_sim", "reflector")]
+    assert all(list(config["kinds"]) == ["expert"] for config in configs) and configs[1]["judge"] == "binary"
+    (row,) = evaluate.read_records("runs/bare/ppo_loop.jsonl")
+    assert (8 * row["reward"]) % 1 == 0 and json.loads(Path("runs/bare/results.json").read_text())["real_interactions"] == 0
+
+
+@pytest.fixture
+def in_smoke_run(smoke_run, tmp_path, monkeypatch):
+    """in_smoke_run(**flags): LOOP once more in a copy of the smoke run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(smoke_run.cwd / "data")
+    shutil.copytree(smoke_run.run, tmp_path / "runs" / "again", ignore=shutil.ignore_patterns("policy_rl.pt", "ppo_loop.jsonl", "videos"))
+    return lambda **flags: ppo_loop.train(dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:1,7", run="again", **flags))
+
+
+def test_the_learning_rate_rises_and_falls(in_smoke_run, monkeypatch):
+    update, rates = ppo_loop.update, []
+    monkeypatch.setattr(ppo_loop, "update", lambda policy, optimizer, *args: rates.append([g["lr"] for g in optimizer.param_groups]) or update(policy, optimizer, *args))
+    in_smoke_run(iterations=4, warmup=2, lr=1e-3, lr_heads=2e-3)
+    assert np.array(rates) == pytest.approx(np.outer([0.5, 0.75, 0.5, 0.25], [1e-3, 2e-3]))
+
+
+def test_rollouts_start_in_tasks_whose_reward_can_be_trusted(in_smoke_run, monkeypatch, capsys):
+    """Of five imagined episodes of each task the reflector stops two; in one task both are a success there, in the other one of them."""
+    load_episodes, start_observation, started = data.load_episodes, ppo_loop.start_observation, set()
+
+    def twins(demos, *args, **kwargs):
+        episodes = load_episodes(demos, *args, **kwargs)
+        for e in episodes:
+            if e.source == "imagined":
+                e.success[-1] = e.index == 0 or (e.index == 1 and e.task == "turn_on_the_stove")
+        return episodes
+    monkeypatch.setattr(data, "load_episodes", twins)
+    monkeypatch.setattr(reflector.Reflector, "score", lambda self, e: np.arange(len(e.frames)) * (1.0 if e.index < 2 else 0.0))
+    monkeypatch.setattr(reflector, "stops", lambda p, *args: p == p.shape[1] - 1)
+    monkeypatch.setattr(evaluate, "stops", reflector.stops)
+    monkeypatch.setattr(ppo_loop, "start_observation", lambda episodes, *args: started.update(e.task for e in episodes) or start_observation(episodes, *args))
+    in_smoke_run(iterations=1, starts=8, rollouts=2, trust=0.7)
+    assert started == {"turn_on_the_stove"} and "put_the_bowl_on_the_stove 0.50, turn_on_the_stove 1.00" in capsys.readouterr().out
+
+
+def test_without_a_trusted_task_the_loop_does_not_begin(in_smoke_run):
+    with pytest.raises(data.UserError, match="no task in which 70% of the reflector's stops are right: explore more, or pass --trust 0"):
+        in_smoke_run(iterations=1, trust=0.7)
+    assert not Path("runs/again/policy_rl.pt").exists()
+
+
+def test_rollouts_start_from_first_frames_or_from_any_before_success():
+    episodes = [make_episode(T=40, seed=i, index=i, success_from=21) for i in range(4)]
+    cfg, rng = ppo_loop.Config(tasks="goal:7", horizon=0.1), np.random.default_rng(0)
+    first = ppo_loop.start_observation(episodes, cfg, rng, "cpu")
+    assert first["horizon"] == 30 and all(np.array_equal(frame, e.frames[0]) for frame, e in zip(first["frames"], episodes))
+    seen = set()
+    for _ in range(30):
+        start = ppo_loop.start_observation(episodes, dataclasses.replace(cfg, keyframe_starts=True), rng, "cpu")
+        for frame, proprio, e in zip(start["frames"].numpy(), start["proprio"].numpy(), episodes):
+            at = next(i for i in range(len(e.frames)) if np.array_equal(frame, e.frames[i]))
+            assert np.array_equal(proprio, e.proprio[e.frame_steps[at]])
+            seen.add(int(e.frame_steps[at]))
+    assert seen == {0, 4, 8, 12, 16, 20}
 
 
 # ---- resuming ------------------------------------------------------------------------------------------------------------
@@ -324,6 +423,16 @@ def test_looks_at_real_libero_leave_the_states_of_the_comparison_alone(smoke_run
     assert {r["init_index"] for r in evaluate.read_records("runs/look/episodes.jsonl")} == {40, 41} and best["successes"] == 0 and not fallen
     assert "real LIBERO after iteration 0: 0/2, best 0 after iteration 0\n" in capsys.readouterr().out
     assert not list(Path("runs").rglob("*.pt"))
+
+
+def test_another_judge_than_the_two_is_refused(refused):
+    assert "got --judge maybe, expected reward_head or binary" in refused(reflector, "--judge", "maybe")
+    assert "got --judge maybe, expected reward_head or binary" in refused(ppo_loop, "--judge", "maybe")
+    assert "got --reward p, expected stopped or p_success" in refused(ppo_loop, "--reward", "p")
+
+
+def test_another_simulator_than_the_two_is_refused(refused, tmp_path):
+    assert "got --env mujoco, expected world_sim or libero" in refused(ppo_loop, "--env", "mujoco") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", ["--eval-every -1", "--eval-every 5 --eval-episodes 41"])

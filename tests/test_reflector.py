@@ -68,6 +68,15 @@ def test_threshold_has_the_best_f_half_of_all(seed):
     assert f_half(script.choose_threshold(p, label)) == pytest.approx(max(f_half(t) for t in np.arange(0.055, 0.95, 0.005)))
 
 
+def test_the_threshold_must_not_stop_an_episode_before_it_succeeds():
+    """The first is at 0.6 two frames before its success, at 0.8 in it; the last never succeeds."""
+    p, label = [[0.1, 0.6, 0.6, 0.8, 0.9], [0.1, 0.2, 0.2, 0.8, 0.8], [0.1, 0.3, 0.3, 0.3, 0.3]], [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [0] * 5]
+    assert 0.6 <= script.choose_threshold(p, label) < 0.8
+    assert 0.6 <= script.choose_threshold(p, label, patience=2) < 0.8
+    brief = [[0.1, 0.6, 0.1, 0.8, 0.9], *p[1:]]  # a single score is not two in a row
+    assert 0.3 <= script.choose_threshold(brief, label, patience=2) < 0.8 and 0.6 <= script.choose_threshold(brief, label) < 0.8
+
+
 # ---- the network ---------------------------------------------------------------------------------------------------------
 
 def frames_of(B, T, seed=0):
@@ -107,11 +116,26 @@ def test_score_is_forward_on_the_frames_so_far_and_judge_is_score(reflector):
     episode = make_episode(T=36)
     scores, frames = reflector.score(episode), torch.from_numpy(episode.frames)
     reflector.threshold.fill_(float(np.median(scores)))
+    reflector.cfg = dataclasses.replace(reflector.cfg, patience=1)
     judge = reflector.judge(episode.instruction)
     for t in range(len(frames)):
         assert scores[t] == pytest.approx(float(reflector(frames[None, :t + 1], [episode.instruction]).sigmoid()), abs=1e-4)
         p_success, stop = judge(episode.frames[:t + 1], 4 * t)
         assert p_success == pytest.approx(float(scores[t]), abs=1e-4) and stop == (p_success > reflector.threshold)
+
+
+def test_the_binary_judge_says_yes_or_no_where_the_other_is_more_or_less_sure(tokenizer, reflector):
+    binary = script.Reflector(dataclasses.replace(reflector.cfg, judge="binary"), tokenizer).eval()
+    binary.load_state_dict(reflector.state_dict())
+    frames, text = frames_of(40, 4), INSTRUCTIONS[:1] * 40
+    with torch.no_grad():
+        reflector.head[-1].bias -= reflector(frames, text).median()
+        binary.head[-1].bias.copy_(reflector.head[-1].bias)
+        answer, sure = binary(frames, text).sigmoid(), reflector(frames, text).sigmoid()
+    assert set(answer.tolist()) == {0.0, 1.0} and torch.equal(answer == 1, sure > 0.5)
+    loss, _ = binary.train().loss(frames[:8], text[:8], torch.ones(8))  # learns from how sure it is
+    loss.backward()
+    assert loss.isfinite() and binary.head[1].weight.grad.abs().max() > 1e-4
 
 
 def test_frames_of_another_size_are_the_users_error(reflector):
@@ -126,7 +150,7 @@ def test_batches_are_half_positive_and_labelled_by_frame_and_instruction():
     rows = [(i, f, e.success[s]) for i, e in enumerate(episodes) for f, s in enumerate(e.frame_steps)]
     positives, negatives = [r[:2] for r in rows if r[2]], [r[:2] for r in rows if not r[2]]
     cfg = dataclasses.replace(CFG, batch_size=200, wrong_instruction=0.0)
-    batch = lambda cfg: script.make_batch(episodes, positives, negatives, INSTRUCTIONS[:2], cfg, np.random.default_rng(0))
+    batch = lambda cfg, near=[]: script.make_batch(episodes, positives, near, negatives, INSTRUCTIONS[:2], cfg, np.random.default_rng(0))
     frames, texts, label = batch(cfg)
     assert frames.shape == (200, CFG.frames, 3, 32, 32) and label.sum() == 100
     for shown, text, y in zip(frames.numpy(), texts, label):
@@ -135,6 +159,9 @@ def test_batches_are_half_positive_and_labelled_by_frame_and_instruction():
         assert y == episode.success[episode.frame_steps[last[0]]] and np.array_equal(shown[0], episode.frames[0])
     _, texts, label = batch(dataclasses.replace(cfg, wrong_instruction=1.0))
     assert not label.any()
+    frames, _, label = batch(cfg, near=[(0, 2)])  # every other negative is the one near miss
+    missed = [np.array_equal(shown[-1], episodes[0].frames[2]) for shown in frames.numpy()]
+    assert label.sum() == 100 and 50 <= sum(missed) <= 70 and not any(y and miss for y, miss in zip(label, missed))
 
 
 def test_augmentation_keeps_shape_and_treats_the_frames_of_a_sample_alike(reflector):

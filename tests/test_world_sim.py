@@ -535,7 +535,7 @@ def descend(model, loss, steps=150, lr=3e-3, same_noise=True):
 
 def test_the_vae_overfits_one_batch(world_sim):
     frames = make_smooth_frames(4)
-    before, after = descend(world_sim, lambda: world_sim.vae_loss(frames), same_noise=False)
+    before, after = descend(world_sim, lambda: world_sim.vae.loss(world_sim.fold(frames)), same_noise=False)
     assert after < before / 10 and round_trip_error(world_sim, frames) < 2 * after  # encode and decode are what was trained
 
 
