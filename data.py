@@ -71,7 +71,6 @@ class Task:
         return np.concatenate([rows, -rows @ [[x], [0], [height]]], 1)
 
 
-@functools.lru_cache
 def beside(name):  # the function `name` of data/<name>.py: details nobody has to read
     return runpy.run_path(str(Path(__file__).parent / "data" / f"{name}.py"))[name]
 

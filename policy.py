@@ -125,6 +125,7 @@ class Policy(nn.Module):
         self.cfg, self.tokenizer = cfg, tokenizer
         self.noise_scale = 1.0  # multiplies the Laplace scale, in sampling and in density
         self.prompt_gradient = True  # False: only the suffix learns; what comes before it runs without gradient
+        self.augment = data.beside("augment")  # in training random crop, brightness, contrast, saturation, hue; else the centre crop
         D, inputs = cfg.width, cfg.tokens_per_action * cfg.width
         self.tower = ResNet(cfg) if cfg.tower else data.beside("dino_siglip")(cfg)
         C = self.tower.channels
@@ -181,9 +182,9 @@ class Policy(nn.Module):
         cfg, prompts = self.cfg, [self.cfg.prompt.format(text.lower()) for text in obs["instruction"]]
         text = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.action_bounds.device)
         ids = text["input_ids"]                                                                      # (B, L) padded on the left
-        augment = data.beside("augment")  # in training random crop, brightness, contrast, saturation, hue; else the centre crop
         views = [data.check_frames(obs[key], cfg.image_size, "policy") for key in ("frames", "wrist_frames")[:cfg.cameras]]
-        patches = torch.cat([self.projector(self.tower(augment(view.float() / 255, cfg, self.training))) for view in views], 1)  # (B, P, D)
+        views = [self.augment(view.float() / 255, cfg, self.training) for view in views]
+        patches = torch.cat([self.projector(self.tower(view)) for view in views], 1)                 # (B, P, D)
         proprio = self.proprio_projector(normalise(obs["proprio"], self.proprio_bounds))[:, None]    # (B, 1, D)
         # "▁" ends OpenVLA's prompts
         special = ids.new_tensor(self.tokenizer.convert_tokens_to_ids(["<s>", "▁", "</s>"])).expand(len(ids), 3)

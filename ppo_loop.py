@@ -69,7 +69,7 @@ class Config:
 PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, horizon=0.06, minibatch=4, micro_batch=2, warmup=1,
-                    eval_episodes=1, no_spread_limit=100, trust=0),
+                    eval_episodes=1, no_spread_limit=100, trust=0, reward="p_success"),
     "base": Config(preset="base", starts=24, eval_episodes=40),
 }
 

@@ -270,12 +270,12 @@ def test_the_second_camera_adds_patches(tokenizer):
 def test_augmentation_keeps_colours_in_range_and_draws_for_each_picture(tokenizer):
     policy, images = make_policy(tokenizer), torch.rand(4, 3, 32, 32)[[0, 0, 1, 1]]
     grey = torch.full((2, 3, 32, 32), 0.5)
-    assert torch.equal(policy.augment(images)[0], policy.augment(images)[1]) and torch.allclose(policy.augment(grey), grey)
-    drawn = policy.train().augment(images)
+    assert torch.equal(policy.augment(images, policy.cfg, False)[0], policy.augment(images, policy.cfg, False)[1]) and torch.allclose(policy.augment(grey, policy.cfg, False), grey)
+    drawn = policy.augment(images, policy.cfg, True)
     assert 0 <= drawn.min() and drawn.max() <= 1 and (drawn[0] - drawn[1]).abs().max() > 0.02
-    drawn = policy.augment(grey)
+    drawn = policy.augment(grey, policy.cfg, True)
     assert (drawn - drawn[:, :1, :1, :1]).abs().max() < 1e-5  # hue and saturation leave grey grey
-    means = torch.stack([policy.augment(grey)[:, 0, 0, 0] for _ in range(200)])
+    means = torch.stack([policy.augment(grey, policy.cfg, True)[:, 0, 0, 0] for _ in range(200)])
     assert 0.39 < means.min() < 0.42 and 0.58 < means.max() < 0.61  # brightness 0.8 to 1.2
 
 
