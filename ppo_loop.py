@@ -1,7 +1,7 @@
 """LOOP: leave-one-out PPO on rollouts imagined by the world simulator, judged by the reflector (World-Env, arXiv 2509.24948).
 
 For each of G start states, N rollouts:  a_t ~ policy;  o_{t+1} ~ world_sim(o_t, a_t);  p_t = reflector(o_1..o_t)
-  a rollout ends where the reflector is sure, or at the horizon; its one reward is R_n = 1 where it was sure, else 0
+  a rollout ends where the reflector is sure (p_t > threshold, twice in a row), or at the horizon; its one reward is R_n = p there
   A_n = R_n - 1/(N-1) * sum_{m != n} R_m                           leave-one-out (RLOO), no division by the standard deviation
   r_t = p_new(a_t | o_t) / p_old(a_t | o_t)                        one ratio per control step, 7 Laplace dimensions multiplied
   L = - mean_n mean_{t <= t_end,n} min(r_t A_n, clip(r_t, 1 - eps, 1 + eps) A_n)         eps = 0.1, one epoch
@@ -45,13 +45,11 @@ class Config:
     env: str = "world_sim"  # where rollouts happen: world_sim, or libero with its own success as reward (RIPT-VLA, arXiv 2505.17016)
     explore: bool = True  # exploration episodes for simulator, reflector and starts; --no-explore: the paper's ablation
     judge: str = "reward_head"  # or binary, the paper's ablation, see reflector.py
-    iterations: int = 60  # collect rollouts, update, repeat
+    iterations: int = 80  # collect rollouts, update, repeat
     starts: int = 6  # G, start states per iteration; the paper's batch of 4
     rollouts: int = 8  # N, rollouts per start state
     keyframe_starts: bool = False  # start rollouts from random frames of the episodes before success, not only from the first
-    reward: str = "stopped"  # 1 for a rollout that the reflector ended, else 0; or p_success: its score there, the paper's reward
     horizon: float = 0.6  # longest rollout, as a fraction of the suite's step limit
-    trust: float = 0.7  # start only in tasks in which so many of the reflector's stops in imagined exploration are right; 0: in all
     noise_scale: float = 3.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
     clip_eps: float = 0.1  # of the PPO ratio
     minibatch: int = 16  # rollouts per optimizer step
@@ -69,7 +67,7 @@ class Config:
 PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, horizon=0.06, minibatch=4, micro_batch=2, warmup=1,
-                    eval_episodes=1, no_spread_limit=100, trust=0, reward="p_success"),
+                    eval_episodes=1, no_spread_limit=100),
     "base": Config(preset="base", starts=24, eval_episodes=40),
 }
 
@@ -111,7 +109,7 @@ class Rollouts:
     action_chunk: torch.Tensor  # (R, C, K, 7) normalised
     old_log_prob: torch.Tensor  # (R, C, K)
     mask: torch.Tensor          # (R, C, K) 1 for executed steps
-    reward: torch.Tensor        # (R,) one for each
+    reward: torch.Tensor        # (R,) p_success where the rollout ended
     finish_step: torch.Tensor   # (R,) last executed control step
     stopped: torch.Tensor       # (R,) bool, by the reflector, not by the horizon
 
@@ -149,8 +147,6 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
         if not len(active):
             break
     out.mask = rearrange(step_mask(out.finish_step, C * K), "r (c k) -> r c k", k=K)
-    if cfg.reward == "stopped":
-        out.reward = out.stopped.float()
     return out
 
 
@@ -202,16 +198,6 @@ def update(policy, optimizer, rollouts, cfg: Config):
                 **{k: torch.stack([m[k] for m in history]).mean() for k in history[0]})
 
 
-def trusted_tasks(reflector, cfg: Config):
-    """The tasks in which a share `trust` of the reflector's stops in imagined exploration episodes, whose real outcome is known, are in a
-    success: elsewhere LOOP would learn the errors of simulator and reflector."""
-    twins, right = data.load_episodes(data.run_dir(cfg) / "imagined", data.parse_tasks(cfg.tasks), kinds=("imagined",)), {}
-    for task in sorted({e.task for e in twins}):
-        right[task] = evaluate.evaluate_reflector(reflector, [e for e in twins if e.task == task])["stop_precision"]
-    print("share of the reflector's stops that are right: " + ", ".join(f"{task} {share:.2f}" for task, share in right.items()))
-    return {task for task, share in right.items() if share >= cfg.trust}
-
-
 def start_observation(episodes, cfg: Config, rng, device):
     """What `imagine` starts from: the first observation of each episode or, with `keyframe_starts`, any before success."""
     limit = {task.name: task.max_steps for task in data.parse_tasks(cfg.tasks)}
@@ -236,9 +222,8 @@ def train(cfg: Config):
         world_sim = world_sim_script.load_world_sim(run / "world_sim.pt", device)
         reflector = reflector_script.load_reflector(run / "reflector.pt", device)
         starts, _ = data.training_episodes(cfg, policy.cfg.image_size, policy.cfg.demos_per_task, ("expert", "explore")[:1 + cfg.explore])
-        trusted = trusted_tasks(reflector, cfg) if cfg.explore and cfg.trust else {e.task for e in starts}
-        starts = [e for e in starts if e.task in trusted]
-        data.require(starts, f"no task in which {cfg.trust:.0%} of the reflector's stops are right: explore more, or pass --trust 0")
+        solved = {e.task for e in starts if e.source == "explore" and e.success.any()}  # elsewhere a reward would be the reflector's error
+        starts = [e for e in starts if e.task in solved] or starts
     data.require(policy.cfg.cameras == 1, "this policy looks through two cameras, the simulator imagines one; train it with --cameras 1")
     policy.tower.requires_grad_(False)
     for module in (policy.scale_trunk, policy.scale_out):
@@ -291,7 +276,7 @@ def main(cfg: Config):
     """Train whatever is missing, in order, then compare SFT and RL in real LIBERO."""
     data.require(cfg.eval_every >= 0 and (not cfg.eval_every or cfg.eval_episodes <= 40), f"got --eval-every {cfg.eval_every} "
                  f"--eval-episodes {cfg.eval_episodes}, expected at least 0, and at most 40: states 40 and 41 choose the policy")
-    for name, choice in dict(env=("world_sim", "libero"), reward=("stopped", "p_success"), judge=("reward_head", "binary")).items():
+    for name, choice in dict(env=("world_sim", "libero"), judge=("reward_head", "binary")).items():
         data.require(getattr(cfg, name) in choice, f"got --{name} {getattr(cfg, name)}, expected {' or '.join(choice)}")
     run, seconds = data.run_dir(cfg), {}
     shared, kinds = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed), ("expert", "explore", "imagined")[:1 + 2 * cfg.explore]

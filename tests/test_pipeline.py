@@ -178,29 +178,19 @@ def test_the_learning_rate_rises_and_falls(in_smoke_run, monkeypatch):
     assert np.array(rates) == pytest.approx(np.outer([0.5, 0.75, 0.5, 0.25], [1e-3, 2e-3]))
 
 
-def test_rollouts_start_in_tasks_whose_reward_can_be_trusted(in_smoke_run, monkeypatch, capsys):
-    """Of five imagined episodes of each task the reflector stops two; in one task both are a success there, in the other one of them."""
-    load_episodes, start_observation, started = data.load_episodes, ppo_loop.start_observation, set()
+@pytest.mark.parametrize("solved", ["turn_on_the_stove", None])
+def test_rollouts_start_in_tasks_that_exploration_solved_where_there_are_any(in_smoke_run, monkeypatch, solved):
+    training_episodes, start_observation, started = data.training_episodes, ppo_loop.start_observation, set()
 
-    def twins(demos, *args, **kwargs):
-        episodes = load_episodes(demos, *args, **kwargs)
+    def with_success(*args):
+        episodes, held_out = training_episodes(*args)
         for e in episodes:
-            if e.source == "imagined":
-                e.success[-1] = e.index == 0 or (e.index == 1 and e.task == "turn_on_the_stove")
-        return episodes
-    monkeypatch.setattr(data, "load_episodes", twins)
-    monkeypatch.setattr(reflector.Reflector, "score", lambda self, e: np.arange(len(e.frames)) * (1.0 if e.index < 2 else 0.0))
-    monkeypatch.setattr(reflector, "stops", lambda p, *args: p == p.shape[1] - 1)
-    monkeypatch.setattr(evaluate, "stops", reflector.stops)
+            e.success[-1] = e.source == "expert" or e.task == solved
+        return episodes, held_out
+    monkeypatch.setattr(data, "training_episodes", with_success)
     monkeypatch.setattr(ppo_loop, "start_observation", lambda episodes, *args: started.update(e.task for e in episodes) or start_observation(episodes, *args))
-    in_smoke_run(iterations=1, starts=8, rollouts=2, trust=0.7)
-    assert started == {"turn_on_the_stove"} and "put_the_bowl_on_the_stove 0.50, turn_on_the_stove 1.00" in capsys.readouterr().out
-
-
-def test_without_a_trusted_task_the_loop_does_not_begin(in_smoke_run):
-    with pytest.raises(data.UserError, match="no task in which 70% of the reflector's stops are right: explore more, or pass --trust 0"):
-        in_smoke_run(iterations=1, trust=0.7)
-    assert not Path("runs/again/policy_rl.pt").exists()
+    in_smoke_run(iterations=1, starts=8, rollouts=2)
+    assert started == ({solved} if solved else {"turn_on_the_stove", "put_the_bowl_on_the_stove"})
 
 
 def test_rollouts_start_from_first_frames_or_from_any_before_success():
@@ -428,7 +418,6 @@ def test_looks_at_real_libero_leave_the_states_of_the_comparison_alone(smoke_run
 def test_another_judge_than_the_two_is_refused(refused):
     assert "got --judge maybe, expected reward_head or binary" in refused(reflector, "--judge", "maybe")
     assert "got --judge maybe, expected reward_head or binary" in refused(ppo_loop, "--judge", "maybe")
-    assert "got --reward p, expected stopped or p_success" in refused(ppo_loop, "--reward", "p")
 
 
 def test_another_simulator_than_the_two_is_refused(refused, tmp_path):
