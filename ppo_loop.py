@@ -11,7 +11,8 @@ Dims: G start states, N rollouts each, R = G * N, C chunks, K chunk_size, T = C 
 `python ppo_loop.py --tasks goal` runs the whole method: every stage without a checkpoint is trained first, in order, then LOOP, then
 SFT and RL policy are compared in real LIBERO on the same official initial states.
 
-Differs from the paper: `tiny` trains language model and heads in full at one learning rate (no LoRA), the vision tower stays frozen.
+Differs from the paper: `tiny` trains language model and heads in full at one learning rate (no LoRA), the vision tower stays frozen;
+rollouts start only in tasks that exploration has solved; the learning rate rises and falls.
 Reads: everything the other scripts write.
 Writes: runs/<run>/policy_rl.pt, ppo_loop.jsonl, real_success.jsonl, results.json, report.json, videos/.
 

@@ -2,10 +2,11 @@
 
   h_t = hidden states of LLaVA over [instruction] [tokens of `frames` frames, uniformly picked from o_1..o_t], mean over o_t's tokens
   p_t = sigmoid(head(h_t)),  trained with BCE against y_t = 1[LIBERO's success predicate holds at t]
-  a rollout stops at the first t with p_t > threshold; p there is its reward (the paper's threshold is 0.5, here it is chosen
-  on held-out episodes)
-Labels are not latched: when a bowl falls off its plate, success is lost. Half of each batch is positive; negatives are the rest
-of all episodes, and successful frames under another task's instruction.
+  a rollout stops at the first t with p_t > threshold, `patience` times in a row; p there is its reward (the paper's threshold is
+  0.5, here it is chosen on held-out episodes)
+Labels are not latched: when a bowl falls off its plate, success is lost. Half of each batch is positive, a quarter are near
+misses, up to 32 steps before success: a stop too early ends a rollout before what decides it, and LOOP never learns that. The other
+negatives are the rest of all episodes, and successful frames under another task's instruction.
 Dims: B batch, T frames so far, P tokens per frame, D width, H W pixels.
 
 Differs from the paper: `tiny` trains a small LLaVA from scratch instead of a head on a frozen one, with a ResNet for its vision
