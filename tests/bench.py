@@ -52,9 +52,9 @@ class BenchEnv(data.LiberoEnv):
     per_step, shown = False, None
 
     def step_chunk(self, actions, render=True):
-        result = super().step_chunk(actions, render=False)
+        _, success = super().step_chunk(actions, render=False)
         self.shown = super().render() if self.per_step else None
-        return result
+        return self.observe(render), success
 
     def render(self, camera="agentview"):
         shown, self.shown = self.shown, None

@@ -436,6 +436,19 @@ def test_a_policy_with_two_cameras_sees_both(undisturbed, tokenizer, tmp_path, m
     assert not torch.equal(seen[0]["wrist_frames"], seen[1]["wrist_frames"])
 
 
+def test_the_benchmark_renders_after_every_chunk_or_every_step(monkeypatch):
+    import bench
+    rendered, render = [], data.LiberoEnv.render
+    monkeypatch.setattr(data.LiberoEnv, "render", lambda self, *args: rendered.append(1) or render(self, *args))
+    shown = {}
+    for per_step, renders in ((False, 1 + 2), (True, 1 + 16)):  # the reset, then 2 chunks of 8
+        rendered.clear()
+        steps, shown[per_step], _ = bench.episode(bench.Config(tasks="goal:7"), per_step, 0, 16)
+        assert steps == 16 and len(rendered) == renders
+    assert np.array_equal(shown[False], shown[True]) and shown[True].std() > 5
+    bench.simulator("goal:7")[0].close()
+
+
 def test_the_table_tells_what_the_oracle_would_have_stopped_in_time(capsys):
     row = dict(successes=3, ever_successes=7, trials=10, interval=(0.1, 0.6), instruction="turn on the stove")
     result = dict(protocol=dict(stop="horizon"), policies=dict(policy_sft=row | dict(tasks={"libero_goal:7": row})))
