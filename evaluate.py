@@ -109,9 +109,7 @@ def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None
     torch.manual_seed(cfg.seed * 1_000_003 + (init_index if seed is None else seed))
     exploring = explore_scale is not None
     policy.noise_scale = explore_scale or 1.0
-    max_steps = cfg.max_steps or env.task.max_steps
-    if exploring:
-        max_steps = int(env.task.max_steps * cfg.explore_horizon)
+    max_steps = int(env.task.max_steps * cfg.explore_horizon) if exploring else cfg.max_steps or env.task.max_steps
     obs = env.reset(init_index, seed)
     frames, frame_steps, proprio, actions, states, sampled = [obs["frames"]], [0], [env.proprio()], [], [env.state()], []
     success, stopped, p_success = [bool(env.env.check_success())], False, 0.0
@@ -183,8 +181,7 @@ def _episode_job(cfg, policy_path, task, index, out):
 
 
 def run_jobs(cfg: Config, jobs, work=None):
-    """`_episode_job`, or other `work`, (cfg, *job) of each job in simulator processes -> (job, record) as they end; an error drops the
-    queued jobs."""
+    """`work` or `_episode_job` (cfg, *job) in simulator processes -> (job, record) as they end; an error drops those that are queued."""
     success = []
     with data.process_pool(min(cfg.workers, len(jobs))) as pool, tqdm(total=len(jobs), unit="episode", mininterval=2) as bar:
         try:
@@ -298,7 +295,7 @@ def compare(before, after, cfg: Config) -> dict:
     """Two policies on the same official initial states -> `summary`, the paired difference, and what real data training used."""
     table = evaluate_policy([str(before), str(after)], cfg)
     outcomes = [[s for row in rows.values() for s in row["success"]] for rows in table.values()]
-    run, tasks = data.run_dir(cfg), data.parse_tasks(cfg.tasks)  # without exploration where `ppo_loop.py` was told so
+    run, tasks = data.run_dir(cfg), data.parse_tasks(cfg.tasks)
     explored = data.load_episodes(run / "explore", tasks, kinds=("explore",)) if (run / "explore").exists() else []
     iterations = {r["step"]: r.get("real_steps", 0) for r in read_records(run / "ppo_loop.jsonl")}  # a killed one is there twice
     return summary(table, cfg) | dict(difference=paired_difference(*outcomes), exploration_episodes=len(explored),
@@ -345,8 +342,9 @@ def rollouts(policy, tasks, first, cfg):
     """With the flags `cfg` of ppo_loop.py, its rollouts of each task from a layout of its own, `first` and up -> records, in order."""
     settings = dataclasses.replace(PRESETS[cfg.preset], explore=True, explore_horizon=cfg.horizon, noise_scale=(cfg.noise_scale,),
                                    frame_every=policy.cfg.chunk_size, past_success=0)
+    first += LAYOUT_SEED * (1 + cfg.seed)
     with candidate(policy) as path:
-        jobs = [(path, task, layout, number) for layout, task in enumerate(tasks, LAYOUT_SEED + first) for number in range(cfg.rollouts)]
+        jobs = [(path, task, layout, number) for layout, task in enumerate(tasks, first) for number in range(cfg.rollouts)]
         records = dict(run_jobs(settings, jobs, _rollout_job))
     return [records[job] for job in jobs]
 

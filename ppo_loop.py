@@ -57,7 +57,7 @@ class Config:
     micro_batch: int = 8  # rollouts per backward pass, gradients accumulated
     lr: float = 5e-5  # peak, language model and projectors; the paper: 1e-4 on LoRA
     lr_heads: float = 5e-5  # peak, action and scale head; the paper: 1e-5
-    warmup: int = 10  # iterations in which the learning rate rises, because Adam's first steps are full ones; then it falls to 0
+    warmup: int = 10  # iterations in which the learning rate rises, because Adam's first steps are full ones; it ends at 0
     train_scale: bool = True  # the scale head too; RIPT-VLA freezes it
     grad_clip: float = 1.0  # norm
     no_spread_limit: int = 4  # stop after this many iterations in which no group has a spread of rewards
@@ -151,6 +151,17 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
     return out
 
 
+def start_observation(episodes, cfg: Config, rng, device):
+    """What `imagine` starts from: the first observation of each episode or, with `keyframe_starts`, any before success."""
+    limit = {task.name: task.max_steps for task in data.parse_tasks(cfg.tasks)}
+    frame = [rng.choice(np.flatnonzero(~e.success[e.frame_steps])) * cfg.keyframe_starts for e in episodes]
+    as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
+    return dict(frames=as_tensor([e.frames[f] for e, f in zip(episodes, frame)]),
+                proprio=as_tensor([e.proprio[e.frame_steps[f]] for e, f in zip(episodes, frame)]),
+                camera=as_tensor([e.camera for e in episodes]).float(), instruction=[e.instruction for e in episodes],
+                horizon=max(int(cfg.horizon * limit[e.task]) for e in episodes))
+
+
 def rollouts_in_libero(policy, tasks, first, cfg: Config) -> Rollouts:
     """What `imagine` gives, from the real simulator with its success as reward: of G tasks, on the fresh layouts `first` and up."""
     records, device = evaluate.rollouts(policy, tasks, first, cfg), policy.action_bounds.device
@@ -199,17 +210,6 @@ def update(policy, optimizer, rollouts, cfg: Config):
                 **{k: torch.stack([m[k] for m in history]).mean() for k in history[0]})
 
 
-def start_observation(episodes, cfg: Config, rng, device):
-    """What `imagine` starts from: the first observation of each episode or, with `keyframe_starts`, any before success."""
-    limit = {task.name: task.max_steps for task in data.parse_tasks(cfg.tasks)}
-    frame = [rng.choice(np.flatnonzero(~e.success[e.frame_steps])) * cfg.keyframe_starts for e in episodes]
-    as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
-    return dict(frames=as_tensor([e.frames[f] for e, f in zip(episodes, frame)]),
-                proprio=as_tensor([e.proprio[e.frame_steps[f]] for e, f in zip(episodes, frame)]),
-                camera=as_tensor([e.camera for e in episodes]).float(), instruction=[e.instruction for e in episodes],
-                horizon=max(int(cfg.horizon * limit[e.task]) for e in episodes))
-
-
 def train(cfg: Config):
     """LOOP from policy_sft.pt to policy_rl.pt."""
     run, device = data.run_dir(cfg), "cuda" if torch.cuda.is_available() else "cpu"
@@ -242,7 +242,7 @@ def train(cfg: Config):
         rng = np.random.default_rng((cfg.seed, iteration))
         picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, replace=cfg.starts > len(starts))]
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min((iteration + 1) / cfg.warmup, 1 - iteration / cfg.iterations)
+            group["lr"] = group["peak"] * min(1, (iteration + 1) / cfg.warmup) * (1 - iteration / cfg.iterations)
         began = time.time()
         if cfg.env == "world_sim":
             rollouts = imagine(policy, world_sim, reflector, start_observation(picked, cfg, rng, device), cfg)
@@ -279,6 +279,8 @@ def main(cfg: Config):
                  f"--eval-episodes {cfg.eval_episodes}, expected at least 0, and at most 40: states 40 and 41 choose the policy")
     for name, choice in dict(env=("world_sim", "libero"), judge=("reward_head", "binary")).items():
         data.require(getattr(cfg, name) in choice, f"got --{name} {getattr(cfg, name)}, expected {' or '.join(choice)}")
+    for name in ("warmup", "horizon", "noise_scale"):
+        data.require(getattr(cfg, name) > 0, f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected more than 0")
     run, seconds = data.run_dir(cfg), {}
     shared, kinds = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed), ("expert", "explore", "imagined")[:1 + 2 * cfg.explore]
     preset = lambda script, **changes: dataclasses.replace(script.PRESETS[cfg.preset], **shared, **changes)

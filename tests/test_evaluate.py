@@ -1,5 +1,6 @@
 """Statistics against known values and brute force; the stop rules of one episode in a scripted environment; suites, repeatability
 and `kill -9` in real LIBERO."""
+import contextlib
 import dataclasses
 import json
 import os
@@ -261,6 +262,14 @@ def test_a_real_rollout_ends_with_the_step_that_succeeds(monkeypatch, succeeds_a
     assert (record["steps"], record["ever_success"], record["noise_scale"]) == (steps, succeeds_at <= 20, 3.0)
     assert record["frames"][:, 0, 0, 0].tolist() == record["proprio"][:, 0].tolist() == [0, 8, 16][:queries]
     assert record["action_chunk"].shape == (queries, 8, 7) and record["log_prob"].shape == (queries, 8)
+
+
+def test_every_loop_has_layouts_and_noise_of_its_own(monkeypatch):
+    monkeypatch.setattr(evaluate, "candidate", lambda policy: contextlib.nullcontext("policy_candidate.pt"))
+    monkeypatch.setattr(evaluate, "run_jobs", lambda cfg, jobs, work: [(job, job[1:]) for job in jobs])
+    loop = lambda seed, first: evaluate.rollouts(ScriptedPolicy(), ["a", "b"], first, SimpleNamespace(preset="tiny", horizon=0.6, noise_scale=3.0, rollouts=2, seed=seed))
+    assert loop(0, 6) == [("a", 100_006, 0), ("a", 100_006, 1), ("b", 100_007, 0), ("b", 100_007, 1)]
+    assert not set(loop(0, 0)) & set(loop(0, 2)) and not set(loop(0, 0)) & set(loop(1, 0))
 
 
 @pytest.mark.parametrize("frame_every", [4, 8])

@@ -178,6 +178,14 @@ def test_the_learning_rate_rises_and_falls(in_smoke_run, monkeypatch):
     assert np.array(rates) == pytest.approx(np.outer([0.5, 0.75, 0.5, 0.25], [1e-3, 2e-3]))
 
 
+@pytest.mark.parametrize("train_scale", [True, False])
+def test_the_scale_head_may_stay_as_it_was(in_smoke_run, train_scale):
+    in_smoke_run(iterations=1, train_scale=train_scale)
+    before, after = (data.load_checkpoint(f"runs/again/policy_{kind}.pt", "policy")["model"] for kind in ("sft", "rl"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert "action_head" in changed and ("scale_out" in changed) == train_scale
+
+
 @pytest.mark.parametrize("solved", ["turn_on_the_stove", None])
 def test_rollouts_start_in_tasks_that_exploration_solved_where_there_are_any(in_smoke_run, monkeypatch, solved):
     training_episodes, start_observation, started = data.training_episodes, ppo_loop.start_observation, set()
@@ -418,6 +426,11 @@ def test_looks_at_real_libero_leave_the_states_of_the_comparison_alone(smoke_run
 def test_another_judge_than_the_two_is_refused(refused):
     assert "got --judge maybe, expected reward_head or binary" in refused(reflector, "--judge", "maybe")
     assert "got --judge maybe, expected reward_head or binary" in refused(ppo_loop, "--judge", "maybe")
+
+
+@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--noise-scale 0.0"])
+def test_values_that_no_loop_can_run_with_are_refused(refused, flags, tmp_path):
+    assert f"got {flags}, expected more than 0" in refused(ppo_loop, *flags.split()) and not list(tmp_path.iterdir())
 
 
 def test_another_simulator_than_the_two_is_refused(refused, tmp_path):

@@ -138,6 +138,13 @@ def test_the_binary_judge_says_yes_or_no_where_the_other_is_more_or_less_sure(to
     assert loss.isfinite() and binary.head[1].weight.grad.abs().max() > 1e-4
 
 
+@torch.no_grad()
+def test_every_preset_scores_a_video(tokenizer):
+    for cfg in script.PRESETS.values():
+        frames = torch.randint(0, 256, (1, 9, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8)
+        assert script.Reflector(cfg, tokenizer).eval()(frames, INSTRUCTIONS[:1]).isfinite().all(), cfg.preset
+
+
 def test_frames_of_another_size_are_the_users_error(reflector):
     with pytest.raises(data.UserError, match="image-size 32"):
         reflector(make_obs(1, size=48)["frames"][None], INSTRUCTIONS[:1])
