@@ -403,8 +403,8 @@ def load_checkpoint(path, kind, device="cpu") -> dict:
     of_kind = next(MADE_BY[name] for name in MADE_BY if name.startswith(kind))
     command = MADE_BY.get(Path(path).stem, of_kind)
     require(Path(path).exists(), f"{path} not found; run: {command}")
-    try:
-        got = (checkpoint := torch.load(path, map_location=device, weights_only=True))["kind"]
+    try:  # of several processes, accelerate calls the CPU cpu:0, a name that torch.load does not know
+        got = (checkpoint := torch.load(path, map_location=str(device).replace("cpu:0", "cpu"), weights_only=True))["kind"]
     except Exception as error:  # torch raises a dozen types for a damaged file
         raise UserError(f"{path}: not a checkpoint of ours ({type(error).__name__}); delete it and run: {command}") from None
     require(got.startswith(kind), f"{path}: this is a {got} checkpoint, expected {kind}; pass the file that `{of_kind}` wrote")
