@@ -289,6 +289,13 @@ def dataset(episodes, chunk_size):
                 mask=torch.from_numpy(np.stack([s < len(e.actions) for (e, *_), s in zip(rows, steps)])).float())
 
 
+def pick(policy, samples, rows):
+    """Rows of a `dataset` -> obs, normalised action_chunk, mask, as `Policy.loss` takes them."""
+    to = policy.action_bounds.device
+    obs = {key: value[rows].to(to) if torch.is_tensor(value) else [value[i] for i in rows] for key, value in samples.items()}
+    return obs, policy.from_env(obs.pop("actions")), obs.pop("mask")
+
+
 def train(cfg: Config):
     processes = data.processes()
     rank, ranks, device = processes.process_index, processes.num_processes, processes.device
@@ -308,7 +315,6 @@ def train(cfg: Config):
         weights, tokenizer = load_openvla(cfg.pretrained, tasks[0].suite), (Path(cfg.pretrained) / "tokenizer.json").read_text("utf-8")
     with torch.device(device):
         policy = Policy(cfg, load_tokenizer(tokenizer), stats, weights)
-    samples["actions"] = policy.from_env(samples["actions"].to(device)).cpu()
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=cfg.weight_decay, fused=True)
     print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {len(episodes)} demonstrations, "
           f"{len(samples['frames'])} samples, {total} steps of {cfg.batch_size}")
@@ -317,9 +323,7 @@ def train(cfg: Config):
         policy.train(phase == 0)
         batch = torch.randint(len(samples["frames"]), (cfg.batch_size,))
         rows = batch[rank::ranks]
-        pick = lambda x: x[rows].to(device) if torch.is_tensor(x) else [x[i] for i in rows]
-        obs = {key: pick(value) for key, value in samples.items() if key not in ("actions", "mask")}
-        loss, metrics = (policy.loss, policy.scale_loss)[phase](obs, pick(samples["actions"]), pick(samples["mask"]))
+        loss, metrics = (policy.loss, policy.scale_loss)[phase](*pick(policy, samples, rows))
         share = samples["mask"][rows].sum() / samples["mask"][batch].sum() * ranks  # so that processes together take the batch's mean
         return loss * share, metrics
 

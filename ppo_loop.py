@@ -5,6 +5,7 @@ For each of G start states, N rollouts:  a_t ~ policy;  o_{t+1} ~ world_sim(o_t,
   A_n = R_n - 1/(N-1) * sum_{m != n} R_m                           leave-one-out (RLOO), no division by the standard deviation
   r_t = p_new(a_t | o_t) / p_old(a_t | o_t)                        one ratio per control step, 7 Laplace dimensions multiplied
   L = - mean_n mean_{t <= t_end,n} min(r_t A_n, clip(r_t, 1 - eps, 1 + eps) A_n)         eps = 0.1, one epoch
+      + sft_weight * mean |a_demo - loc|        samples of SFT beside the rollouts, as in PPO-ptx (arXiv 2203.02155)
 Only the policy learns; no physics, no simulator, no value function, no KL term. N = 8 and eps = 0.1 are the paper's.
 Dims: G start states, N rollouts each, R = G * N, C chunks, K chunk_size, T = C * K control steps, H W pixels.
 
@@ -12,21 +13,23 @@ Dims: G start states, N rollouts each, R = G * N, C chunks, K chunk_size, T = C 
 SFT and RL policy are compared in real LIBERO on the same official initial states.
 
 Differs from the paper: `tiny` trains language model and heads in full at one learning rate (no LoRA), the vision tower stays frozen;
-rollouts start only in tasks that exploration has solved; the learning rate rises and falls.
+rollouts start only in tasks that exploration has solved; the learning rate rises and falls; the demonstrations stay in the loss,
+without which a policy this small learns what pleases simulator and reflector, and forgets the rest (README).
+
+`accelerate launch ppo_loop.py` splits the starts of LOOP over processes; the stages before it have scripts of their own.
 Reads: everything the other scripts write.
 Writes: runs/<run>/policy_rl.pt, ppo_loop.jsonl, real_success.jsonl, results.json, report.json, videos/.
 
   python ppo_loop.py --tasks goal:1,7,8
 """
-import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object, reduce
 from einops import rearrange, repeat
-from torch import nn
 from tqdm import trange
 
 import data
@@ -60,6 +63,7 @@ class Config:
     warmup: int = 10  # iterations in which the learning rate rises, because Adam's first steps are full ones; it ends at 0
     train_scale: bool = True  # the scale head too; RIPT-VLA freezes it
     grad_clip: float = 1.0  # norm
+    sft_weight: float = 1.0  # of the L1 on demonstrations beside the PPO loss: holds the policy where it is not rewarded; the paper: 0
     no_spread_limit: int = 4  # stop after this many iterations in which no group has a spread of rewards
     eval_every: int = 0  # iterations between looks at real LIBERO: the best policy is kept, and a fall ends training; 0: never
     eval_episodes: int = 10  # official initial states per task in the final comparison
@@ -153,19 +157,18 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
 
 def start_observation(episodes, cfg: Config, rng, device):
     """What `imagine` starts from: the first observation of each episode or, with `keyframe_starts`, any before success."""
-    limit = {task.name: task.max_steps for task in data.parse_tasks(cfg.tasks)}
     frame = [rng.choice(np.flatnonzero(~e.success[e.frame_steps])) * cfg.keyframe_starts for e in episodes]
     as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
     return dict(frames=as_tensor([e.frames[f] for e, f in zip(episodes, frame)]),
                 proprio=as_tensor([e.proprio[e.frame_steps[f]] for e, f in zip(episodes, frame)]),
                 camera=as_tensor([e.camera for e in episodes]).float(), instruction=[e.instruction for e in episodes],
-                horizon=max(int(cfg.horizon * limit[e.task]) for e in episodes))
+                horizon=int(cfg.horizon * max(task.max_steps for task in data.parse_tasks(cfg.tasks))))
 
 
 def rollouts_in_libero(policy, tasks, first, cfg: Config) -> Rollouts:
     """What `imagine` gives, from the real simulator with its success as reward: of G tasks, on the fresh layouts `first` and up."""
-    records, device = evaluate.rollouts(policy, tasks, first, cfg), policy.action_bounds.device
-    pad = lambda key: nn.utils.rnn.pad_sequence([torch.from_numpy(r[key]) for r in records], batch_first=True).to(device)
+    records, device = gather_object(evaluate.rollouts(policy, tasks, first, cfg)), policy.action_bounds.device
+    pad = lambda key: torch.nn.utils.rnn.pad_sequence([torch.from_numpy(r[key]) for r in records], batch_first=True).to(device)
     of_each = lambda key: torch.tensor([r[key] for r in records], device=device)
     action_chunk, finish_step = pad("action_chunk"), of_each("steps") - 1
     mask = rearrange(step_mask(finish_step, action_chunk[0, ..., 0].numel()), "r (c k) -> r c k", k=policy.cfg.chunk_size)
@@ -185,14 +188,17 @@ def log_prob_of(policy, rollouts, rows):
     return log_prob.flatten(1)
 
 
-def update(policy, optimizer, rollouts, cfg: Config):
-    """One PPO epoch over the rollouts -> metrics. Raises RuntimeError if the first ratio is not 1 or the loss is not finite."""
+def update(policy, optimizer, rollouts, cfg: Config, samples=None):
+    """One PPO epoch over the rollouts, each process its share of every minibatch, and over `samples` of SFT beside them -> metrics.
+    Raises RuntimeError if the first ratio is not 1 or the loss is not finite."""
+    processes = data.processes()
+    rank, ranks = processes.process_index, processes.num_processes
     group = rearrange(rollouts.reward, "(g n) -> g n", n=cfg.rollouts)
     advantage, mask, history = leave_one_out_advantage(group).flatten(), rollouts.mask.flatten(1), []
     old_log_prob = rollouts.old_log_prob.flatten(1) * mask
     for step, minibatch in enumerate(torch.randperm(len(advantage)).split(cfg.minibatch)):
         optimizer.zero_grad(set_to_none=True)
-        for rows in minibatch.split(cfg.micro_batch):
+        for rows in minibatch[rank::ranks].split(cfg.micro_batch):
             rows = rows.to(advantage.device)
             log_prob = log_prob_of(policy, rollouts, rows) * mask[rows]
             loss, metrics = ppo_loss(log_prob, old_log_prob[rows], advantage[rows], mask[rows], cfg.clip_eps)
@@ -201,19 +207,26 @@ def update(policy, optimizer, rollouts, cfg: Config):
             if step == 0 and metrics["largest_log_ratio"] > 1e-2:  # the update must see the density that sampled, to float32 rounding
                 raise RuntimeError(f"the first ratio must be 1, its logarithm is {float(metrics['largest_log_ratio']):.4f}: "
                                    "sampling and update use different densities")
-            (loss * len(rows) / len(minibatch)).backward()
+            (loss * len(rows) * ranks / len(minibatch)).backward()
             history.append(metrics)
-        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+        if samples:
+            rows = torch.randint(len(samples["mask"]), (2 * cfg.minibatch,))[rank::ranks]
+            (cfg.sft_weight * policy.loss(*policy_script.pick(policy, samples, rows))[0]).backward()
+        for p in policy.parameters():
+            p.grad = p.grad if p.grad is None else reduce(p.grad, "mean")
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         optimizer.step()
     return dict(reward=group.mean(), stop_rate=rollouts.stopped.float().mean(), group_spread=group.std(1).mean(),
                 useful_groups=(group.std(1) > 1e-3).float().mean(), length=mask.sum(1).mean(), grad_norm=grad_norm,
-                **{k: torch.stack([m[k] for m in history]).mean() for k in history[0]})
+                **{k: reduce(torch.stack([m[k] for m in history]).mean(), "mean") for k in history[0]})
 
 
 def train(cfg: Config):
     """LOOP from policy_sft.pt to policy_rl.pt."""
-    run, device = data.run_dir(cfg), "cuda" if torch.cuda.is_available() else "cpu"
-    path = run / "policy_rl.pt"
+    processes, run = data.processes(), data.run_dir(cfg)
+    rank, ranks, device, path = processes.process_index, processes.num_processes, processes.device, run / "policy_rl.pt"
+    data.require(cfg.starts % ranks == 0 == cfg.minibatch % ranks and (ranks == 1 or not cfg.eval_every), f"got --starts {cfg.starts} "
+                 f"--minibatch {cfg.minibatch} --eval-every {cfg.eval_every}, expected multiples of the {ranks} processes, and no looks")
     checkpoint, finished = data.resume(path, "policy_rl", cfg, device, key="ppo_config", ignore=("run", "eval_episodes"))
     if finished:
         return print(f"{path} is finished ({cfg.iterations} iterations); delete it to train again")
@@ -226,44 +239,47 @@ def train(cfg: Config):
         solved = {e.task for e in starts if e.source == "explore" and e.success.any()}  # elsewhere a reward would be the reflector's error
         starts = [e for e in starts if e.task in solved] or starts
     data.require(policy.cfg.cameras == 1, "this policy looks through two cameras, the simulator imagines one; train it with --cameras 1")
-    policy.tower.requires_grad_(False)
-    for module in (policy.scale_trunk, policy.scale_out):
-        module.requires_grad_(cfg.train_scale)
+    samples = cfg.sft_weight and policy_script.dataset(data.load_episodes(
+        cfg.demos, data.parse_tasks(cfg.tasks), policy.cfg.demos_per_task, image_size=policy.cfg.image_size), policy.cfg.chunk_size)
+    for module, learns in ((policy.tower, False), (policy.scale_trunk, cfg.train_scale), (policy.scale_out, cfg.train_scale)):
+        module.requires_grad_(learns)
     policy.prompt_gradient = policy.cfg.attention == "full"
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=0.0)
     first, no_spread = data.restore(checkpoint, policy, optimizer), checkpoint["no_spread"] if checkpoint else 0
     best, fallen = checkpoint["best"] if checkpoint else None, False
     if cfg.eval_every and not best:
         best, _ = evaluate.keep_best(None, policy, 0, cfg)
-    print(f"ppo_loop: {cfg.starts} starts x {cfg.rollouts} rollouts in {cfg.env}, {len(starts)} "
-          f"to start from, iterations {first} to {cfg.iterations}")
-    for iteration in (bar := trange(first, cfg.iterations, initial=first, total=cfg.iterations, desc="ppo_loop", mininterval=2)):
-        torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # an iteration's randomness depends on its number alone: resuming is exact
-        rng = np.random.default_rng((cfg.seed, iteration))
-        picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, replace=cfg.starts > len(starts))]
+    print(f"ppo_loop: {cfg.starts} x {cfg.rollouts} rollouts in {cfg.env}, {len(starts)} starts, iterations {first} to {cfg.iterations}")
+    for iteration in (bar := trange(first, cfg.iterations, initial=first, total=cfg.iterations, desc="ppo_loop", mininterval=2,
+                                   disable=rank > 0)):
+        torch.manual_seed((cfg.seed * 1_000_003 + iteration) * 64 + rank)  # randomness depends on these alone: resuming is exact
+        rng, share = np.random.default_rng((cfg.seed, iteration)), cfg.starts // ranks
+        picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, replace=cfg.starts > len(starts))][rank * share:][:share]
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1, (iteration + 1) / cfg.warmup) * (1 - iteration / cfg.iterations)
         began = time.time()
         if cfg.env == "world_sim":
-            rollouts = imagine(policy, world_sim, reflector, start_observation(picked, cfg, rng, device), cfg)
+            rollouts = data.beside("gather")(imagine(policy, world_sim, reflector, start_observation(picked, cfg, rng, device), cfg))
         else:
-            rollouts = rollouts_in_libero(policy, picked, iteration * cfg.starts, cfg)
+            rollouts = rollouts_in_libero(policy, picked, iteration * cfg.starts + rank * share, cfg)
+        torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # the same minibatches in every process
         collected = time.time()
-        metrics = update(policy, optimizer, rollouts, cfg) | dict(collect_s=collected - began, update_s=time.time() - collected)
+        metrics = update(policy, optimizer, rollouts, cfg, samples) | dict(collect_s=collected - began, update_s=time.time() - collected)
         metrics |= dict(real_steps=rollouts.mask.sum() * (cfg.env == "libero"))
         no_spread = no_spread + 1 if metrics["useful_groups"] == 0 else 0
-        shown = ("reward", "stop_rate", "group_spread", "useful_groups", "approx_kl", "clip_frac")
-        bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in shown})
-        data.log(run, "ppo_loop", iteration + 1, metrics)
+        bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in "reward stop_rate group_spread useful_groups approx_kl clip_frac".split()})
+        if rank == 0:
+            data.log(run, "ppo_loop", iteration + 1, metrics)
         if cfg.eval_every and (iteration + 1) % cfg.eval_every == 0:
             best, fallen = evaluate.keep_best(best, policy, iteration + 1, cfg)
         finished = fallen or iteration + 1 == cfg.iterations
         if finished and best:
             policy.load_state_dict(best["model"])
-        data.save_checkpoint(path, "policy_rl", policy.cfg, policy, ppo_config=data.plain(cfg), optimizer=optimizer.state_dict(),
-                             step=iteration + 1, finished=finished, no_spread=no_spread, best=None if finished else best,
-                             metrics={k: float(v) for k, v in metrics.items()}, demos=demos,
-                             tokenizer=policy.tokenizer.backend_tokenizer.to_str())
+        if rank == 0:
+            data.save_checkpoint(path, "policy_rl", policy.cfg, policy, ppo_config=data.plain(cfg), optimizer=optimizer.state_dict(),
+                                 step=iteration + 1, finished=finished, no_spread=no_spread, best=None if finished else best,
+                                 metrics={k: float(v) for k, v in metrics.items()}, demos=demos,
+                                 tokenizer=policy.tokenizer.backend_tokenizer.to_str())
         data.require(no_spread < cfg.no_spread_limit, f"all rewards within every group were equal for {no_spread} iterations: nothing to "
                      f"learn from; delete {path} and raise --noise-scale or --starts")
         if fallen:
@@ -279,11 +295,13 @@ def main(cfg: Config):
                  f"--eval-episodes {cfg.eval_episodes}, expected at least 0, and at most 40: states 40 and 41 choose the policy")
     for name, choice in dict(env=("world_sim", "libero"), judge=("reward_head", "binary")).items():
         data.require(getattr(cfg, name) in choice, f"got --{name} {getattr(cfg, name)}, expected {' or '.join(choice)}")
-    for name in ("warmup", "horizon", "noise_scale"):
-        data.require(getattr(cfg, name) > 0, f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected more than 0")
+    for name, least in dict(warmup=1, horizon=0.01, noise_scale=0.01, sft_weight=0).items():
+        data.require(getattr(cfg, name) >= least, f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected at least {least}")
+    if data.processes().num_processes > 1:  # `accelerate launch`: LOOP alone, the other stages are scripts of their own
+        return train(cfg)
     run, seconds = data.run_dir(cfg), {}
     shared, kinds = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed), ("expert", "explore", "imagined")[:1 + 2 * cfg.explore]
-    preset = lambda script, **changes: dataclasses.replace(script.PRESETS[cfg.preset], **shared, **changes)
+    preset = lambda script, **changes: replace(script.PRESETS[cfg.preset], **shared, **changes)
     stages = dict(policy_sft=(policy_script.train, preset(policy_script, demos=cfg.demos)),
                   explore=(evaluate.explore, preset(evaluate, explore=True)),
                   world_sim=(world_sim_script.train, preset(world_sim_script, demos=cfg.demos, kinds=kinds[:2])),
@@ -308,8 +326,7 @@ def main(cfg: Config):
     if "explore" in stages:
         evaluate.report(eval_cfg)
     data.beside("print_table")(result)
-    print(f"{sum(seconds.values()) / 60:.0f} min on {result['hardware']}; details: {run / 'results.json'}, "
-          f"videos: {run / 'videos'}")
+    print(f"{sum(seconds.values()) / 60:.0f} min on {result['hardware']}; details: {run / 'results.json'}, videos: {run / 'videos'}")
 
 
 if __name__ == "__main__":

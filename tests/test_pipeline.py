@@ -428,9 +428,9 @@ def test_another_judge_than_the_two_is_refused(refused):
     assert "got --judge maybe, expected reward_head or binary" in refused(ppo_loop, "--judge", "maybe")
 
 
-@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--noise-scale 0.0"])
+@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--noise-scale 0.0", "--sft-weight -1.0"])
 def test_values_that_no_loop_can_run_with_are_refused(refused, flags, tmp_path):
-    assert f"got {flags}, expected more than 0" in refused(ppo_loop, *flags.split()) and not list(tmp_path.iterdir())
+    assert f"got {flags}, expected at least" in refused(ppo_loop, *flags.split()) and not list(tmp_path.iterdir())
 
 
 def test_another_simulator_than_the_two_is_refused(refused, tmp_path):
@@ -443,6 +443,35 @@ def test_looks_that_cannot_be_are_refused_before_anything_is_trained(refused, fl
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------------
+
+HALF_SUCCEED = """
+import data, evaluate, ppo_loop
+rollouts = evaluate.rollouts
+evaluate.rollouts = lambda *args: [record | dict(ever_success=bool(i % 2)) for i, record in enumerate(rollouts(*args))]
+if __name__ == "__main__":
+    data.command_line(ppo_loop.main, ppo_loop.PRESETS, ppo_loop.__doc__)
+"""
+
+
+@pytest.mark.parametrize("env", ["libero", "world_sim"])
+def test_two_processes_share_the_starts_and_make_one_update(smoke_run, tmp_path, env):
+    """In real LIBERO the rollouts are those of one process, and so is the policy; in imagination each process has its own noise."""
+    (tmp_path / "data").symlink_to(smoke_run.cwd / "data")
+    (tmp_path / "half.py").write_text(HALF_SUCCEED)  # untrained policies never do
+    flags = ["half.py", *TASKS, "--env", env, "--iterations", "1", "--rollouts", "2", "--eval-episodes", "1", "--sft-weight", "0"]
+    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--"))):
+        shutil.copytree(smoke_run.run, tmp_path / "runs" / name, ignore=shutil.ignore_patterns("policy_rl.pt", "ppo_loop.jsonl", "videos"))
+        environment = os.environ | dict(MASTER_PORT="29542", PYTHONPATH=str(ROOT))
+        done = subprocess.run([sys.executable, *launcher, *flags, "--run", name], cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    start, one, two = (data.load_checkpoint(path, "policy") for path in
+                       (smoke_run.run / "policy_sft.pt", tmp_path / "runs/one/policy_rl.pt", tmp_path / "runs/two/policy_rl.pt"))
+    (alone,), (shared,) = (evaluate.read_records(tmp_path / "runs" / name / "ppo_loop.jsonl") for name in ("one", "two"))
+    assert two["finished"] and two["step"] == 1 and shared["length"] == alone["length"] and (shared["reward"] == alone["reward"]) == (env == "libero")
+    flat = lambda checkpoint: torch.cat([checkpoint["model"][name].double().flatten() for name in start["model"]])
+    apart, moved = (flat(two) - flat(one)).norm(), (flat(one) - flat(start)).norm()
+    assert moved > 0 and (apart < 0.02 * moved if env == "libero" else apart > 0.1 * moved), float(apart / moved)
+
 
 def test_without_egl_one_line_says_what_to_install(tmp_path):
     (tmp_path / "data").mkdir()

@@ -189,6 +189,20 @@ def test_micro_batches_do_not_change_the_update(rollouts, models, tokenizer):
             torch.testing.assert_close(other[name], delta, atol=2e-6, rtol=1e-3)
 
 
+def test_demonstrations_beside_the_rollouts_are_learned_too(rollouts, models, tokenizer):
+    """With equal rewards nothing but the demonstrations teaches; twice their weight is twice the gradient."""
+    samples = make_obs(3) | dict(actions=torch.rand(3, K, 7) * 2 - 1, mask=torch.ones(3, K))
+    policy = policy_script.Policy(models[0].cfg, tokenizer).eval()
+    policy.load_state_dict(models[0].state_dict())
+    error = lambda: float(policy.loss(*policy_script.pick(policy, samples, torch.arange(3)))[0])
+    equal, errors, norms = dataclasses.replace(rollouts[0], reward=torch.full((R,), 0.5)), [error()], []
+    for weight in (1.0, 2.0):
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=1e-9 if weight == 1 else 0.1)
+        norms.append(float(script.update(policy, optimizer, equal, dataclasses.replace(CFG, sft_weight=weight), samples)["grad_norm"]))
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-3) and norms[0] > 1e-3 and error() < errors[0] - 1e-3
+
+
 def test_a_policy_with_suffix_attention_learns_in_its_suffix_only(models, tokenizer):
     cfg = dataclasses.replace(policy_script.PRESETS["smoke"], attention="suffix")
     torch.manual_seed(0)
