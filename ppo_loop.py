@@ -53,7 +53,7 @@ class Config:
     starts: int = 6  # G, start states per iteration; the paper's batch of 4
     rollouts: int = 8  # N, rollouts per start state
     keyframe_starts: bool = False  # start rollouts from random frames of the episodes before success, not only from the first
-    horizon: float = 0.6  # longest rollout, as a fraction of the suite's step limit
+    horizon: float = 0.8  # longest rollout, as a fraction of the suite's step limit; a short one rewards haste
     noise_scale: float = 3.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
     clip_eps: float = 0.1  # of the PPO ratio
     minibatch: int = 16  # rollouts per optimizer step
