@@ -166,8 +166,8 @@ def test_it_overfits_one_batch(tokenizer, preset):
     obs, mask = make_obs(4, size=cfg.image_size), torch.ones(4, cfg.chunk_size)
     target = torch.rand(4, cfg.chunk_size, 7, generator=torch.Generator().manual_seed(1)) * 2 - 1
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3 if preset == "smoke" else 1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300, 1e-5)
-    for _ in range(300):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400, 1e-5)
+    for _ in range(400):
         loss, metrics = policy.loss(obs, target, mask)
         optimizer.zero_grad()
         loss.backward()

@@ -35,12 +35,12 @@ def stove():
 
 
 def test_the_expert_records_what_is_shipped(stove):
-    """The same layout, seeded, gives the same demonstration, number for number."""
+    """The same layout, seeded, gives the same demonstration, but for the last bits, in which processors differ."""
     stove.reset(seed=int(SHIPPED["libero_goal_7/seed_0"]))
     expert = EXPERT["Expert"](stove)
     assert expert.solve()
-    assert np.array_equal(np.array(expert.actions, np.float32), SHIPPED["libero_goal_7/actions_0"])
-    assert np.array_equal(np.array(expert.states, np.float32), SHIPPED["libero_goal_7/states_0"])
+    np.testing.assert_allclose(np.array(expert.actions, np.float32), SHIPPED["libero_goal_7/actions_0"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.array(expert.states, np.float32), SHIPPED["libero_goal_7/states_0"], rtol=0, atol=1e-6)
 
 
 def test_a_choice_that_misses_is_undone(stove):
