@@ -289,16 +289,18 @@ def dataset(episodes, chunk_size):
                 mask=torch.from_numpy(np.stack([s < len(e.actions) for (e, *_), s in zip(rows, steps)])).float())
 
 
-def pick(policy, samples, rows):
-    """Rows of a `dataset` -> obs, normalised action_chunk, mask, as `Policy.loss` takes them."""
-    to = policy.action_bounds.device
+def share_of_loss(policy, loss, samples, batch):
+    """`loss` (`policy.loss` or `policy.scale_loss`) on this process's share of rows `batch` of a `dataset` -> loss, metrics.
+    Shares are weighted by their steps, so that the mean over processes is the loss of the batch."""
+    processes, to = data.processes(), policy.action_bounds.device
+    rows, mask = batch[processes.process_index::processes.num_processes], samples["mask"]
     obs = {key: value[rows].to(to) if torch.is_tensor(value) else [value[i] for i in rows] for key, value in samples.items()}
-    return obs, policy.from_env(obs.pop("actions")), obs.pop("mask")
+    value, metrics = loss(obs, policy.from_env(obs.pop("actions")), obs.pop("mask"))
+    return value * (mask[rows].sum() / mask[batch].sum() * processes.num_processes), metrics
 
 
 def train(cfg: Config):
-    processes = data.processes()
-    rank, ranks, device = processes.process_index, processes.num_processes, processes.device
+    device = data.processes().device
     path, tasks, total = data.run_dir(cfg) / "policy_sft.pt", data.parse_tasks(cfg.tasks), cfg.steps + cfg.scale_steps
     data.require(cfg.attention in ("full", "suffix") and cfg.cameras in (1, 2), f"got --attention {cfg.attention} --cameras "
                  f"{cfg.cameras}, expected full or suffix, and 1 or 2")
@@ -322,10 +324,7 @@ def train(cfg: Config):
     def loss_of(phase, step):  # phase 0: the policy, 1: its scale head, the frozen rest as it will act
         policy.train(phase == 0)
         batch = torch.randint(len(samples["frames"]), (cfg.batch_size,))
-        rows = batch[rank::ranks]
-        loss, metrics = (policy.loss, policy.scale_loss)[phase](*pick(policy, samples, rows))
-        share = samples["mask"][rows].sum() / samples["mask"][batch].sum() * ranks  # so that processes together take the batch's mean
-        return loss * share, metrics
+        return share_of_loss(policy, (policy.loss, policy.scale_loss)[phase], samples, batch)
 
     data.fit(cfg, "policy_sft", policy, optimizer, checkpoint, (cfg.steps, cfg.scale_steps), loss_of, tokenizer=tokenizer,
              demos={f"{e.task}/demo_{e.index}": len(e.actions) for e in episodes})

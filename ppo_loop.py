@@ -53,7 +53,7 @@ class Config:
     starts: int = 6  # G, start states per iteration; the paper's batch of 4
     rollouts: int = 8  # N, rollouts per start state
     keyframe_starts: bool = False  # start rollouts from random frames of the episodes before success, not only from the first
-    horizon: float = 0.8  # longest rollout, as a fraction of the suite's step limit; a short one rewards haste
+    horizon: float = 0.8  # longest rollout, as a fraction of the suite's step limit
     noise_scale: float = 3.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
     clip_eps: float = 0.1  # of the PPO ratio
     minibatch: int = 16  # rollouts per optimizer step
@@ -210,8 +210,8 @@ def update(policy, optimizer, rollouts, cfg: Config, samples=None):
             (loss * len(rows) * ranks / len(minibatch)).backward()
             history.append(metrics)
         if samples:
-            rows = torch.randint(len(samples["mask"]), (2 * cfg.minibatch,))[rank::ranks]
-            (cfg.sft_weight * policy.loss(*policy_script.pick(policy, samples, rows))[0]).backward()
+            rows = torch.randint(len(samples["mask"]), (2 * cfg.minibatch,))
+            (cfg.sft_weight * policy_script.share_of_loss(policy, policy.loss, samples, rows)[0]).backward()
         for p in policy.parameters():
             p.grad = p.grad if p.grad is None else reduce(p.grad, "mean")
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
@@ -226,7 +226,8 @@ def train(cfg: Config):
     processes, run = data.processes(), data.run_dir(cfg)
     rank, ranks, device, path = processes.process_index, processes.num_processes, processes.device, run / "policy_rl.pt"
     data.require(cfg.starts % ranks == 0 == cfg.minibatch % ranks and (ranks == 1 or not cfg.eval_every), f"got --starts {cfg.starts} "
-                 f"--minibatch {cfg.minibatch} --eval-every {cfg.eval_every}, expected multiples of the {ranks} processes, and no looks")
+                 f"--minibatch {cfg.minibatch} --eval-every {cfg.eval_every} on {ranks} processes, expected multiples of {ranks}, and no "
+                 "--eval-every, which is for one")
     checkpoint, finished = data.resume(path, "policy_rl", cfg, device, key="ppo_config", ignore=("run", "eval_episodes"))
     if finished:
         return print(f"{path} is finished ({cfg.iterations} iterations); delete it to train again")

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import h5py
@@ -458,7 +459,7 @@ def test_two_processes_share_the_starts_and_make_one_update(smoke_run, tmp_path,
     """In real LIBERO the rollouts are those of one process, and so is the policy; in imagination each process has its own noise."""
     (tmp_path / "data").symlink_to(smoke_run.cwd / "data")
     (tmp_path / "half.py").write_text(HALF_SUCCEED)  # untrained policies never do
-    flags = ["half.py", *TASKS, "--env", env, "--iterations", "1", "--rollouts", "2", "--eval-episodes", "1", "--sft-weight", "0"]
+    flags = ["half.py", *TASKS, "--env", env, "--iterations", "1", "--rollouts", "2", "--eval-episodes", "1"]
     for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--"))):
         shutil.copytree(smoke_run.run, tmp_path / "runs" / name, ignore=shutil.ignore_patterns("policy_rl.pt", "ppo_loop.jsonl", "videos"))
         environment = os.environ | dict(MASTER_PORT="29542", PYTHONPATH=str(ROOT))
@@ -471,6 +472,15 @@ def test_two_processes_share_the_starts_and_make_one_update(smoke_run, tmp_path,
     flat = lambda checkpoint: torch.cat([checkpoint["model"][name].double().flatten() for name in start["model"]])
     apart, moved = (flat(two) - flat(one)).norm(), (flat(one) - flat(start)).norm()
     assert moved > 0 and (apart < 0.02 * moved if env == "libero" else apart > 0.1 * moved), float(apart / moved)
+
+
+@pytest.mark.parametrize("changes", [dict(starts=3), dict(minibatch=5), dict(eval_every=1)])
+def test_what_two_processes_cannot_share_is_refused(changes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "processes", lambda: types.SimpleNamespace(process_index=0, num_processes=2, device="cpu"))
+    with pytest.raises(data.UserError, match="on 2 processes, expected multiples of 2, and no --eval-every"):
+        ppo_loop.train(dataclasses.replace(ppo_loop.PRESETS["smoke"], **changes))
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_egl_one_line_says_what_to_install(tmp_path):

@@ -194,7 +194,7 @@ def test_demonstrations_beside_the_rollouts_are_learned_too(rollouts, models, to
     samples = make_obs(3) | dict(actions=torch.rand(3, K, 7) * 2 - 1, mask=torch.ones(3, K))
     policy = policy_script.Policy(models[0].cfg, tokenizer).eval()
     policy.load_state_dict(models[0].state_dict())
-    error = lambda: float(policy.loss(*policy_script.pick(policy, samples, torch.arange(3)))[0])
+    error = lambda: float(policy_script.share_of_loss(policy, policy.loss, samples, torch.arange(3))[1]["l1"])
     equal, errors, norms = dataclasses.replace(rollouts[0], reward=torch.full((R,), 0.5)), [error()], []
     for weight in (1.0, 2.0):
         torch.manual_seed(0)
