@@ -48,9 +48,9 @@ class Config:
     sample: bool = False  # sample actions instead of executing the mean
     workers: int = 2  # simulator processes
     explore: bool = False  # record exploration episodes instead of measuring success
-    explore_episodes: int = 15  # per task
-    noise_scale: tuple[float, ...] = (1.0, 2.0, 4.0)  # exploration: the Laplace scale times one of these, in turn
-    explore_horizon: float = 0.6  # exploration: fraction of the suite's step limit
+    explore_episodes: int = 30  # per task
+    noise_scale: tuple[float, ...] = (1.0, 2.0, 3.0)  # exploration: the Laplace scale times one of these, in turn
+    explore_horizon: float = 0.8  # exploration: fraction of the suite's step limit, as LOOP's rollouts
     frame_every: int = 4  # exploration: control steps between stored frames
     past_success: int = 16  # exploration: steps recorded past the first success
     imagine: bool = False  # replay the exploration episodes in world_sim.pt and store what it imagines, for the reflector to learn from

@@ -59,7 +59,7 @@ class Config:
     bf16: bool = False  # run the network in bfloat16 autocast; for a GPU
     crop_area: float = 0.9  # random crop in training, centre crop otherwise (OpenVLA-OFT)
     jitter: float = 0.2  # brightness, contrast and saturation augmentation, a quarter of it for hue (OpenVLA-OFT)
-    min_log_scale: float = -4.0  # floor of the Laplace log-scale; the paper names none
+    min_log_scale: float = -3.0  # floor of the Laplace log-scale: with a lower one, PPO's gradient is noise; the paper names none
     steps: int = 4500  # SFT gradient steps
     scale_steps: int = 100  # then this many on the scale head alone
     batch_size: int = 32  # B, of all processes together

@@ -54,7 +54,7 @@ class Config:
     rollouts: int = 8  # N, rollouts per start state
     keyframe_starts: bool = False  # start rollouts from random frames of the episodes before success, not only from the first
     horizon: float = 0.8  # longest rollout, as a fraction of the suite's step limit
-    noise_scale: float = 3.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
+    noise_scale: float = 2.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
     clip_eps: float = 0.1  # of the PPO ratio
     minibatch: int = 16  # rollouts per optimizer step
     micro_batch: int = 8  # rollouts per backward pass, gradients accumulated
