@@ -13,26 +13,34 @@ imagination     Control steps per second that `tiny` imagines with all cores, in
                 random weights; beside it what LIBERO does on the same cores, one process each, with a render per chunk and with
                 one per step, and the ratios.
 
+LOOP            Seconds that one iteration of ppo_loop.py takes with the checkpoints of `--loop-tasks` at `tiny`, all cores: the policy's,
+                simulator's and reflector's share of collecting rollouts, and the update; first as the reflector stops them, then with
+                one that never does. Skipped where a checkpoint is missing.
+
 To add a section, write a function `cfg -> (header, rows of text)` and name it in SECTIONS.
 """
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one thread per process, as in the workers of evaluate.py
 
+import collections  # noqa: E402
 import functools  # noqa: E402
 import statistics  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import policy as policy_script  # noqa: E402
+import ppo_loop  # noqa: E402
+import reflector as reflector_script  # noqa: E402
 import world_sim as world_sim_script  # noqa: E402
 
 
@@ -43,6 +51,7 @@ class Config:
     steps: int = 64  # control steps per episode
     rounds: int = 3  # timed episodes per process and way of rendering
     workers: int = 2  # simulator processes of the second row
+    loop_tasks: str = "goal"  # tasks of the run whose checkpoints LOOP is timed with
 
 
 # ---- control steps per second ----------------------------------------------------------------------------------------------
@@ -163,8 +172,61 @@ def frames(cfg: Config, image_size=128, views=20):
     return f"{'':16s} {'stock':>10s} {'thinned':>10s} {'difference/255':>15s}", rows
 
 
+# ---- one iteration of LOOP -------------------------------------------------------------------------------------------------
+
+def timed(module, method, seconds, part):
+    """From now on `seconds[part]` grows by what each call of `module.method` takes."""
+    call = getattr(module, method)
+
+    def measured(*args, **kwargs):
+        began = time.perf_counter()
+        result = call(*args, **kwargs)
+        seconds[part] += time.perf_counter() - began
+        return result
+    setattr(module, method, measured)
+
+
+def loop(cfg: Config, loop_cfg=ppo_loop.PRESETS["tiny"]):
+    """Mean over rounds of the same iterations, nothing learned, with dynamic termination and without."""
+    loop_cfg = replace(loop_cfg, tasks=cfg.loop_tasks, lr=0.0, lr_heads=0.0)
+    run, seconds, rows = data.run_dir(loop_cfg), collections.Counter(), []
+    missing = [name for name in ("policy_sft.pt", "world_sim.pt", "reflector.pt") if not (run / name).exists()]
+    if missing:
+        return f"skipped: {run} lacks {', '.join(missing)}; run: python ppo_loop.py --tasks {cfg.loop_tasks}", rows
+    torch.set_num_threads(os.cpu_count())
+    policy, policy.noise_scale = policy_script.load_policy(run / "policy_sft.pt"), loop_cfg.noise_scale
+    world_sim, reflector = world_sim_script.load_world_sim(run / "world_sim.pt"), reflector_script.load_reflector(run / "reflector.pt")
+    episodes, _ = data.training_episodes(loop_cfg, policy.cfg.image_size, policy.cfg.demos_per_task, ("expert", "explore"))
+    samples = policy_script.dataset([e for e in episodes if e.source == "expert"], policy.cfg.chunk_size)
+    policy.tower.requires_grad_(False)
+    policy.prompt_gradient = policy.cfg.attention == "full"
+    optimizer = torch.optim.AdamW(policy.parameter_groups(0.0, 0.0))
+    for part, calls in dict(policy=[(policy, "act")], simulator=[(world_sim, "predict")],
+                            reflector=[(reflector, "see"), (reflector, "read")], update=[(ppo_loop, "update")]).items():
+        for call in calls:
+            timed(*call, seconds, part)
+    for label, threshold in (("as the reflector stops them", reflector.threshold.clone()), ("to the horizon", torch.tensor(2.0))):
+        reflector.threshold, executed = threshold, 0
+        seconds.clear()
+        began = time.perf_counter()
+        for number in range(cfg.rounds):
+            torch.manual_seed(number)
+            rng = np.random.default_rng(number)
+            starts = [episodes[i] for i in rng.integers(len(episodes), size=loop_cfg.starts)]
+            rollouts = ppo_loop.imagine(policy, world_sim, reflector, ppo_loop.start_observation(starts, loop_cfg, rng, "cpu"), loop_cfg)
+            ppo_loop.update(policy, optimizer, rollouts, loop_cfg, samples)
+            executed += int(rollouts.mask.sum())
+        whole = (time.perf_counter() - began) / cfg.rounds
+        parts = [f"{seconds[part] / cfg.rounds:10.1f}" for part in ("policy", "simulator", "reflector", "update")]
+        rows.append(f"{label:28s} {executed / cfg.rounds:14.0f} {' '.join(parts)} {whole:10.1f}")
+    torch.set_num_threads(1)
+    columns = " ".join(f"{name:>10s}" for name in ("policy", "simulator", "reflector", "update", "whole"))
+    return f"{'rollouts':28s} {'control steps':>14s} {columns}", rows
+
+
 SECTIONS = {"control steps per second, mean [slowest, fastest round]": control_steps,
-            "imagined control steps per second, median [slowest, fastest round]": imagination, "frames per second of CPU time": frames}
+            "imagined control steps per second, median [slowest, fastest round]": imagination, "frames per second of CPU time": frames,
+            "seconds of an iteration of LOOP, mean": loop}
 
 
 def main(cfg: Config):

@@ -163,6 +163,19 @@ def test_the_papers_ablation_needs_no_exploration_and_judges_yes_or_no(smoke_run
     assert (8 * row["reward"]) % 1 == 0 and json.loads(Path("runs/bare/results.json").read_text())["real_interactions"] == 0
 
 
+def test_the_benchmark_splits_an_iteration_and_skips_what_is_not_there(smoke_run, tmp_path, monkeypatch):
+    import bench
+    monkeypatch.setattr(ppo_loop, "update", ppo_loop.update)  # the benchmark wraps it
+    monkeypatch.chdir(smoke_run.cwd)
+    cfg, preset = bench.Config(loop_tasks="goal:1,7", rounds=1), ppo_loop.PRESETS["smoke"]
+    _, rows = bench.loop(cfg, preset)
+    (stopped, *parts, whole), (to_horizon, *_) = (map(float, row.split()[-6:]) for row in rows)
+    assert 0 < stopped <= to_horizon == 2 * 4 * 24 and 0 <= sum(parts) <= whole + 0.2 and whole > 0
+    monkeypatch.chdir(tmp_path)
+    header, rows = bench.loop(cfg, preset)
+    assert not rows and "lacks policy_sft.pt, world_sim.pt, reflector.pt" in header and "ppo_loop.py --tasks goal:1,7" in header
+
+
 @pytest.fixture
 def in_smoke_run(smoke_run, tmp_path, monkeypatch):
     """in_smoke_run(**flags): LOOP once more in a copy of the smoke run."""
