@@ -329,13 +329,15 @@ def keep_best(best, policy, iteration, cfg):
 
 # ---- rollouts for ppo_loop.py --env libero ---------------------------------------------------------------------------------
 
-def _rollout_job(cfg, policy_path, task, layout, number):
-    """Runs in a worker: noisy rollout `number` from the layout of seed `layout` -> its record with what `ppo_loop.Rollouts` holds of it."""
-    policy = _cached_policy(policy_path)
+def _rollouts_job(cfg, policy_path, task, layout, N):
+    """Runs in a worker: N noisy rollouts from the layout of seed `layout` -> their records with what `ppo_loop.Rollouts` holds of each."""
+    policy, records = _cached_policy(policy_path), []
     env = _open_env(task, policy.cfg.image_size, policy.cfg.cameras == 2)
-    record, episode = run_episode(env, policy, dataclasses.replace(cfg, seed=number), seed=layout, explore_scale=cfg.noise_scale[0])
-    C, K = record["log_prob"].shape  # chunks queried
-    return record | dict(frames=episode.frames[:C], proprio=episode.proprio[::K][:C], instruction=task.instruction)
+    for number in range(N):
+        record, episode = run_episode(env, policy, dataclasses.replace(cfg, seed=number), seed=layout, explore_scale=cfg.noise_scale[0])
+        C, K = record["log_prob"].shape  # chunks queried
+        records.append(record | dict(frames=episode.frames[:C], proprio=episode.proprio[::K][:C], instruction=task.instruction))
+    return dict(success=np.mean([record["ever_success"] for record in records]), records=records)
 
 
 def rollouts(policy, tasks, first, cfg):
@@ -344,9 +346,9 @@ def rollouts(policy, tasks, first, cfg):
                                    frame_every=policy.cfg.chunk_size, past_success=0)
     first += LAYOUT_SEED * (1 + cfg.seed)
     with candidate(policy) as path:
-        jobs = [(path, task, layout, number) for layout, task in enumerate(tasks, first) for number in range(cfg.rollouts)]
-        records = dict(run_jobs(settings, jobs, _rollout_job))
-    return [records[job] for job in jobs]
+        jobs = [(path, task, layout, cfg.rollouts) for layout, task in enumerate(tasks, first)]  # a simulator takes seconds to build
+        finished = dict(run_jobs(settings, jobs, _rollouts_job))
+    return [record for job in jobs for record in finished[job]["records"]]
 
 
 # ---- exploration data ------------------------------------------------------------------------------------------------------

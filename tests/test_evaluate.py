@@ -257,8 +257,9 @@ def test_a_real_rollout_ends_with_the_step_that_succeeds(monkeypatch, succeeds_a
     monkeypatch.setattr(evaluate, "_cached_policy", lambda path: ScriptedPolicy())
     monkeypatch.setattr(evaluate, "_cached_env", {})
     cfg = evaluate.Config(explore=True, explore_horizon=0.2, noise_scale=(3.0,), frame_every=8, past_success=0)
-    record = evaluate._rollout_job(cfg, "policy_candidate.pt", ScriptedEnv.task, 100_000, 1)
-    queries = -(-steps // 8)
+    rollouts = evaluate._rollouts_job(cfg, "policy_candidate.pt", ScriptedEnv.task, 100_000, 2)
+    record, queries = rollouts["records"][1], -(-steps // 8)
+    assert len(rollouts["records"]) == 2 and rollouts["success"] == record["ever_success"]
     assert (record["steps"], record["ever_success"], record["noise_scale"]) == (steps, succeeds_at <= 20, 3.0)
     assert record["frames"][:, 0, 0, 0].tolist() == record["proprio"][:, 0].tolist() == [0, 8, 16][:queries]
     assert record["action_chunk"].shape == (queries, 8, 7) and record["log_prob"].shape == (queries, 8)
@@ -266,7 +267,7 @@ def test_a_real_rollout_ends_with_the_step_that_succeeds(monkeypatch, succeeds_a
 
 def test_every_loop_has_layouts_and_noise_of_its_own(monkeypatch):
     monkeypatch.setattr(evaluate, "candidate", lambda policy: contextlib.nullcontext("policy_candidate.pt"))
-    monkeypatch.setattr(evaluate, "run_jobs", lambda cfg, jobs, work: [(job, job[1:]) for job in jobs])
+    monkeypatch.setattr(evaluate, "run_jobs", lambda cfg, jobs, work: [(job, dict(records=[(*job[1:3], n) for n in range(job[3])])) for job in jobs])
     loop = lambda seed, first: evaluate.rollouts(ScriptedPolicy(), ["a", "b"], first, SimpleNamespace(preset="tiny", horizon=0.6, noise_scale=3.0, rollouts=2, seed=seed))
     assert loop(0, 6) == [("a", 100_006, 0), ("a", 100_006, 1), ("b", 100_007, 0), ("b", 100_007, 1)]
     assert not set(loop(0, 0)) & set(loop(0, 2)) and not set(loop(0, 0)) & set(loop(1, 0))
