@@ -12,7 +12,8 @@ SFT: mean |a - loc| on normalised actions; then, everything else frozen, the sca
 Dims: B batch, K chunk_size, P patches of all cameras, C their channels, D model width, L prompt tokens, H W pixels.
 
 Differs from the paper: `tiny` trains from scratch, with a small ResNet instead of DINOv2 + SigLIP and one placeholder per action
-instead of seven; log_scale has a floor, below which a PPO ratio is noise; no JPEG round trip of the pictures.
+instead of seven; proprio is given as waves too, and with an error that the actions make up for, because five demonstrations do not
+show the way back to them; log_scale has a floor, below which a PPO ratio is noise; no JPEG round trip of the pictures.
 Reads: demonstrations (--demos), a published checkpoint (--pretrained).  Writes: runs/<run>/policy_sft.pt, policy.jsonl.
 
   python policy.py --tasks goal               # all ten tasks of LIBERO-Goal
@@ -57,6 +58,8 @@ class Config:
     attention: str = "full"  # full (OpenVLA-OFT) or suffix (RIPT-VLA)
     lora_rank: int = 0  # of adapters on every linear layer outside the heads; 0: everything is trained in full
     bf16: bool = False  # run the network in bfloat16 autocast; for a GPU
+    octaves: int = 4  # proprio is also given as sines and cosines of so many frequencies; OpenVLA-OFT: 0
+    proprio_noise: float = 0.02  # m, standard deviation of an error of the gripper's position in training, which its actions make up for; OpenVLA-OFT: 0
     crop_area: float = 0.9  # random crop in training, centre crop otherwise (OpenVLA-OFT)
     jitter: float = 0.2  # brightness, contrast and saturation augmentation, a quarter of it for hue (OpenVLA-OFT)
     min_log_scale: float = -3.0  # floor of the Laplace log-scale: with a lower one, PPO's gradient is noise; the paper names none
@@ -69,7 +72,8 @@ class Config:
     save_every: int = 250  # steps between checkpoints, what a kill can cost
 
 
-OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, bf16=True)
+OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, octaves=0,
+               proprio_noise=0.0, bf16=True)
 PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, mlp=64, steps=20,
@@ -126,13 +130,14 @@ class Policy(nn.Module):
         self.noise_scale = 1.0  # multiplies the Laplace scale, in sampling and in density
         self.prompt_gradient = True  # False: only the suffix learns; what comes before it runs without gradient
         self.augment = data.beside("augment")  # in training random crop, brightness, contrast, saturation, hue; else the centre crop
+        self.disturb = data.beside("disturb")  # in training the hand is not quite where a demonstration was, and its actions lead back
         D, inputs = cfg.width, cfg.tokens_per_action * cfg.width
         self.tower = ResNet(cfg) if cfg.tower else data.beside("dino_siglip")(cfg)
         C = self.tower.channels
         self.projector = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, D), nn.GELU(), nn.Linear(D, D))
-        self.proprio_projector = nn.Sequential(nn.Linear(8, D), nn.GELU(), nn.Linear(D, D))
+        self.proprio_projector = nn.Sequential(nn.Linear(8 + 16 * cfg.octaves, D), nn.GELU(), nn.Linear(D, D))
         self.llama = LlamaModel(LlamaConfig(vocab_size=cfg.vocabulary or len(tokenizer), hidden_size=D, intermediate_size=cfg.mlp,
-                                            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads))
+                                            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, initializer_range=D ** -0.5))
         self.action_head = MLPResNet(inputs, D, 7)
         self.scale_trunk, self.scale_out = MLPResNet(inputs, D, D), nn.Linear(D, 7)
         nn.init.xavier_uniform_(self.scale_out.weight, gain=0.01)
@@ -185,7 +190,9 @@ class Policy(nn.Module):
         views = [data.check_frames(obs[key], cfg.image_size, "policy") for key in ("frames", "wrist_frames")[:cfg.cameras]]
         views = [self.augment(view.float() / 255, cfg, self.training) for view in views]
         patches = torch.cat([self.projector(self.tower(view)) for view in views], 1)                 # (B, P, D)
-        proprio = self.proprio_projector(normalise(obs["proprio"], self.proprio_bounds))[:, None]    # (B, 1, D)
+        proprio = normalise(obs["proprio"], self.proprio_bounds)
+        waves = [wave(proprio * np.pi * 2 ** o) for o in range(cfg.octaves) for wave in (torch.sin, torch.cos)]
+        proprio = self.proprio_projector(torch.cat([proprio, *waves], -1))[:, None]                  # (B, 1, D)
         # "▁" ends OpenVLA's prompts
         special = ids.new_tensor(self.tokenizer.convert_tokens_to_ids(["<s>", "▁", "</s>"])).expand(len(ids), 3)
         bos, last, eos = self.llama.embed_tokens(special).split(1, 1)
@@ -252,19 +259,11 @@ def normalise(x, bounds):
     return torch.where(high - low < 1e-6, 0.0, (2 * (x - low) / (high - low + 1e-8) - 1).clamp(-1, 1))
 
 
-def load_tokenizer(text: str):
-    """From the text of a `tokenizer.json`, ours or OpenVLA's: the names of their special tokens are the same."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), pad_token="<PAD>", bos_token="<s>", eos_token="</s>",
-                                   padding_side="left")
-
-
 def load_policy(path, device="cpu") -> Policy:
     """A policy from `policy_sft.pt` or `policy_rl.pt`, in eval mode. Raises UserError."""
     checkpoint = data.load_checkpoint(path, "policy", device)
     with torch.device(device):
-        policy = Policy(data.from_config(Config, checkpoint["config"]), load_tokenizer(checkpoint["tokenizer"]))
+        policy = Policy(data.from_config(Config, checkpoint["config"]), data.beside("load_tokenizer")(checkpoint["tokenizer"]))
     policy.load_state_dict(checkpoint["model"])
     return policy.eval()
 
@@ -295,6 +294,7 @@ def share_of_loss(policy, loss, samples, batch):
     processes, to = data.processes(), policy.action_bounds.device
     rows, mask = batch[processes.process_index::processes.num_processes], samples["mask"]
     obs = {key: value[rows].to(to) if torch.is_tensor(value) else [value[i] for i in rows] for key, value in samples.items()}
+    obs["proprio"], obs["actions"] = policy.disturb(obs["proprio"], obs["actions"], policy.cfg.proprio_noise * policy.training)
     value, metrics = loss(obs, policy.from_env(obs.pop("actions")), obs.pop("mask"))
     return value * (mask[rows].sum() / mask[batch].sum() * processes.num_processes), metrics
 
@@ -316,7 +316,7 @@ def train(cfg: Config):
     if cfg.pretrained and not checkpoint:
         weights, tokenizer = load_openvla(cfg.pretrained, tasks[0].suite), (Path(cfg.pretrained) / "tokenizer.json").read_text("utf-8")
     with torch.device(device):
-        policy = Policy(cfg, load_tokenizer(tokenizer), stats, weights)
+        policy = Policy(cfg, data.beside("load_tokenizer")(tokenizer), stats, weights)
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=cfg.weight_decay, fused=True)
     print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {len(episodes)} demonstrations, "
           f"{len(samples['frames'])} samples, {total} steps of {cfg.batch_size}")

@@ -27,7 +27,6 @@ from einops import rearrange
 from torch import nn
 
 import data
-from policy import load_tokenizer
 
 
 @dataclass
@@ -176,7 +175,7 @@ def choose_threshold(p_success, label, min_steps=0, patience=1) -> float:
 def load_reflector(path, device="cpu") -> Reflector:
     """A reflector from `reflector.pt`, in eval mode. Raises UserError."""
     checkpoint = data.load_checkpoint(path, "reflector", device)
-    reflector = Reflector(data.from_config(Config, checkpoint["config"]), load_tokenizer(checkpoint["tokenizer"]))
+    reflector = Reflector(data.from_config(Config, checkpoint["config"]), data.beside("load_tokenizer")(checkpoint["tokenizer"]))
     reflector.load_state_dict(checkpoint["model"])
     return reflector.to(device).eval()
 
@@ -213,7 +212,7 @@ def train(cfg: Config):
     near = [(i, f) for i, f in negatives if episodes[i].success[episodes[i].frame_steps[f]:][:33].any()]  # success within 32 steps
     instructions = sorted({e.instruction for e in episodes})
     tokenizer = checkpoint["tokenizer"] if checkpoint else data.beside("train_tokenizer")()
-    reflector = Reflector(cfg, load_tokenizer(tokenizer)).to(device)
+    reflector = Reflector(cfg, data.beside("load_tokenizer")(tokenizer)).to(device)
     groups = [dict(params=list(reflector.parameters()), peak=cfg.lr)]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.05, fused=True)
     print(f"reflector: {sum(p.numel() for p in reflector.parameters()) / 1e6:.1f} M parameters, {len(episodes)} episodes, "

@@ -74,7 +74,7 @@ class BenchEnv(data.LiberoEnv):
 def simulator(tasks):
     """Runs in a worker, once: (environment, policy, seconds it took to build the environment)."""
     torch.manual_seed(0)
-    tokenizer = policy_script.load_tokenizer(data.beside("train_tokenizer")())
+    tokenizer = data.beside("load_tokenizer")(data.beside("train_tokenizer")())
     policy = policy_script.Policy(policy_script.PRESETS["tiny"], tokenizer).eval()
     began = time.perf_counter()
     return BenchEnv(data.parse_tasks(tasks)[0], policy.cfg.image_size), policy, time.perf_counter() - began

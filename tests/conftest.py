@@ -66,7 +66,7 @@ def write_foreign(path, ids, T=6, raw=False, size=8, instruction=None, **overrid
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return policy.load_tokenizer(data.beside("train_tokenizer")())
+    return data.beside("load_tokenizer")(data.beside("train_tokenizer")())
 
 
 @pytest.fixture(scope="session")

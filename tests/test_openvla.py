@@ -300,14 +300,14 @@ def demos(tmp_path_factory):
 
 
 def test_two_processes_train_what_one_trains(demos):
-    vit = "--tower --dino 32 3 2 --siglip 32 3 2 64 --batch-size 5 --crop-area 1 --jitter 0 --steps 6 --scale-steps 3".split()
+    vit = "--tower --dino 32 3 2 --siglip 32 3 2 64 --batch-size 5 --crop-area 1 --jitter 0 --proprio-noise 0 --steps 6 --scale-steps 3".split()
     one = train(demos, "--run", "one", *vit)
     two = train(demos, "--run", "two", *vit, launcher=TWO)
     assert one.returncode == 0 and two.returncode == 0, one.stderr[-1500:] + two.stderr[-3000:]
     a, b = (torch.load(demos / "runs" / name / "policy_sft.pt", weights_only=True) for name in ("one", "two"))
     assert len((demos / "runs" / "two" / "policy.jsonl").read_text().splitlines()) == 2  # a line at the end of each phase: only the first process writes
     torch.manual_seed(0)
-    start = script.Policy(data.from_config(script.Config, a["config"]), script.load_tokenizer(a["tokenizer"])).state_dict()
+    start = script.Policy(data.from_config(script.Config, a["config"]), data.beside("load_tokenizer")(a["tokenizer"])).state_dict()
     flat = lambda model: torch.cat([model[n].double().flatten() for n in start if not n.endswith("_bounds")])
     apart, moved = (flat(b["model"]) - flat(a["model"])).norm(), (flat(a["model"]) - flat(start)).norm()
     assert moved > 0 and apart / moved < 0.01, float(apart / moved)  # Adam turns rounding of small gradients into small steps

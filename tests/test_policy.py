@@ -97,6 +97,31 @@ def test_dataset_pairs_each_frame_with_the_actions_that_follow():
         assert np.array_equal(samples["frames"][row], episode.frames[t // 4]) and np.array_equal(samples["proprio"][row], episode.proprio[t])
 
 
+def test_disturbed_samples_lead_back_to_where_the_chunk_ended():
+    proprio, actions = torch.rand(4000, 8), torch.zeros(4000, 8, 7)
+    actions[:, :, 2], actions[:, :, 6] = 0.95, 1.0
+    there, back = data.beside("disturb")(proprio, actions, 0.02)
+    error = there - proprio
+    assert error[:, :3].std() == pytest.approx(0.02, rel=0.05) and (error[:, 3:] == 0).all()
+    torch.testing.assert_close(0.012 * back[:, :, :2].sum(1), -error[:, :2])
+    assert back.abs().max() <= 1 and (back[..., 3:] == actions[..., 3:]).all()
+    assert all(torch.equal(a, b) for a, b in zip(data.beside("disturb")(proprio, actions, 0.0), (proprio, actions)))
+
+
+def test_the_way_back_is_as_long_in_libero(env):
+    """Two chunks that `disturb` makes of one, for errors of opposite sign, end apart by about these errors."""
+    sample = env.reset(init_index=0)["proprio"], np.zeros((1, 8, 7), np.float32) - [0, 0, 0, 0, 0, 0, 1]
+    torch.manual_seed(0)
+    there, back = data.beside("disturb")(torch.from_numpy(sample[0])[None], torch.from_numpy(sample[1]).float(), 0.02)
+    ends = []
+    for sign in (1, -1):
+        env.reset(init_index=0)
+        obs, _ = env.step_chunk(np.concatenate([sign * back[0, :, :3].numpy(), sample[1][0, :, 3:]], 1), render=False)
+        ends.append(obs["proprio"][:3])
+    error = (there[0, :3] - torch.from_numpy(sample[0][:3])).numpy()
+    assert np.linalg.norm(ends[1] - ends[0] - 2 * error) < 0.4 * np.linalg.norm(2 * error)
+
+
 # ---- the network ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
