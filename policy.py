@@ -52,6 +52,7 @@ class Config:
     layers: int = 4  # of the Llama
     heads: int = 4  # of its attention
     mlp: int = 341  # hidden size of its MLP
+    init_std: float = 0.088  # of the Llama's first weights, 1 / sqrt(width); Llama's own 0.02 is for wide ones
     vocabulary: int = 0  # rows of its embedding; 0: one per token
     tokens_per_action: int = 1  # placeholders per action; OpenVLA-OFT: 7, one per dimension
     prompt: str = "{}"  # around the instruction
@@ -59,7 +60,7 @@ class Config:
     lora_rank: int = 0  # of adapters on every linear layer outside the heads; 0: everything is trained in full
     bf16: bool = False  # run the network in bfloat16 autocast; for a GPU
     octaves: int = 4  # proprio is also given as sines and cosines of so many frequencies; OpenVLA-OFT: 0
-    proprio_noise: float = 0.02  # m, standard deviation of an error of the gripper's position in training, which its actions make up for; OpenVLA-OFT: 0
+    proprio_noise: float = 0.02  # m, standard deviation of an error of the hand in training, which the actions make up for; OpenVLA-OFT: 0
     crop_area: float = 0.9  # random crop in training, centre crop otherwise (OpenVLA-OFT)
     jitter: float = 0.2  # brightness, contrast and saturation augmentation, a quarter of it for hue (OpenVLA-OFT)
     min_log_scale: float = -3.0  # floor of the Laplace log-scale: with a lower one, PPO's gradient is noise; the paper names none
@@ -72,8 +73,8 @@ class Config:
     save_every: int = 250  # steps between checkpoints, what a kill can cost
 
 
-OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, octaves=0,
-               proprio_noise=0.0, bf16=True)
+OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, init_std=0.02,
+               octaves=0, proprio_noise=0.0, bf16=True)
 PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, mlp=64, steps=20,
@@ -137,7 +138,7 @@ class Policy(nn.Module):
         self.projector = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, D), nn.GELU(), nn.Linear(D, D))
         self.proprio_projector = nn.Sequential(nn.Linear(8 + 16 * cfg.octaves, D), nn.GELU(), nn.Linear(D, D))
         self.llama = LlamaModel(LlamaConfig(vocab_size=cfg.vocabulary or len(tokenizer), hidden_size=D, intermediate_size=cfg.mlp,
-                                            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, initializer_range=D ** -0.5))
+                                            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, initializer_range=cfg.init_std))
         self.action_head = MLPResNet(inputs, D, 7)
         self.scale_trunk, self.scale_out = MLPResNet(inputs, D, D), nn.Linear(D, 7)
         nn.init.xavier_uniform_(self.scale_out.weight, gain=0.01)
@@ -179,8 +180,7 @@ class Policy(nn.Module):
                     self.attend(prefix, seen[:, :prefix.shape[1]], cache)
                     prefix = prefix[:, :0]
             states = self.attend(torch.cat([prefix, suffix], 1), seen, cache)
-        n = cfg.chunk_size * cfg.tokens_per_action
-        return rearrange(states[:, -n - 2:-2].float(), "b (k n) d -> b k (n d)", k=cfg.chunk_size)
+        return rearrange(states[:, -cfg.chunk_size * cfg.tokens_per_action - 2:-2].float(), "b (k n) d -> b k (n d)", k=cfg.chunk_size)
 
     def embed(self, obs):
         """-> prefix (B, S, D), suffix (B, n + 2, D) from the last prompt token on, seen (B, S + n + 2): 0 at padding."""
