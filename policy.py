@@ -12,12 +12,13 @@ SFT: mean |a - loc| on normalised actions; then, everything else frozen, the sca
 Dims: B batch, K chunk_size, P patches of all cameras, C their channels, D model width, L prompt tokens, H W pixels.
 
 Differs from the paper: `tiny` trains from scratch, with a small ResNet instead of DINOv2 + SigLIP and one placeholder per action
-instead of seven; proprio is given as waves too, and with an error that the actions make up for, because five demonstrations do not
-show the way back to them; log_scale has a floor, below which a PPO ratio is noise; no JPEG round trip of the pictures.
+instead of seven; log_scale has a floor, below which a PPO ratio is noise; no JPEG round trip of the pictures. For Long proprio is
+given as waves too, and with an error that the actions make up for, because five demonstrations do not show the way back to them.
 Reads: demonstrations (--demos), a published checkpoint (--pretrained).  Writes: runs/<run>/policy_sft.pt, policy.jsonl.
 
   python policy.py --tasks goal               # all ten tasks of LIBERO-Goal
   python policy.py --tasks goal:1,7,8 --steps 500
+  python policy.py --tasks long --steps 6000 --proprio-noise 0.02 --octaves 4 --init-std 0.088
   accelerate launch policy.py --preset paper --tasks goal --pretrained openvla-7b/     # fine-tune the published 7B model
 """
 from dataclasses import dataclass
@@ -52,15 +53,15 @@ class Config:
     layers: int = 4  # of the Llama
     heads: int = 4  # of its attention
     mlp: int = 341  # hidden size of its MLP
-    init_std: float = 0.088  # of the Llama's first weights, 1 / sqrt(width); Llama's own 0.02 is for wide ones
+    init_std: float = 0.02  # of the Llama's first weights
     vocabulary: int = 0  # rows of its embedding; 0: one per token
     tokens_per_action: int = 1  # placeholders per action; OpenVLA-OFT: 7, one per dimension
     prompt: str = "{}"  # around the instruction
     attention: str = "full"  # full (OpenVLA-OFT) or suffix (RIPT-VLA)
     lora_rank: int = 0  # of adapters on every linear layer outside the heads; 0: everything is trained in full
     bf16: bool = False  # run the network in bfloat16 autocast; for a GPU
-    octaves: int = 4  # proprio is also given as sines and cosines of so many frequencies; OpenVLA-OFT: 0
-    proprio_noise: float = 0.02  # m, standard deviation of an error of the hand in training, which the actions make up for; OpenVLA-OFT: 0
+    octaves: int = 0  # proprio is also given as sines and cosines of so many frequencies
+    proprio_noise: float = 0.0  # m, standard deviation of an error of the hand in training, which the actions make up for
     crop_area: float = 0.9  # random crop in training, centre crop otherwise (OpenVLA-OFT)
     jitter: float = 0.2  # brightness, contrast and saturation augmentation, a quarter of it for hue (OpenVLA-OFT)
     min_log_scale: float = -3.0  # floor of the Laplace log-scale: with a lower one, PPO's gradient is noise; the paper names none
@@ -73,12 +74,11 @@ class Config:
     save_every: int = 250  # steps between checkpoints, what a kill can cost
 
 
-OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, init_std=0.02,
-               octaves=0, proprio_noise=0.0, bf16=True)
+OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, bf16=True)
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, mlp=64, steps=20,
-                    scale_steps=5, batch_size=16, save_every=10),
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, mlp=64, octaves=2,
+                    proprio_noise=0.02, steps=20, scale_steps=5, batch_size=16, save_every=10),
     "base": Config(preset="base", tower=(64, 128, 256), width=512, layers=8, heads=8, mlp=1376, steps=10000, scale_steps=500,
                    batch_size=128, lr=3e-4, lr_heads=3e-4, save_every=1000, **OPENVLA),
     "paper": Config(preset="paper", tower=(), dino=(1024, 24, 16), siglip=(1152, 27, 16, 4304), patch=14, width=4096, layers=32,

@@ -192,13 +192,12 @@ def update(policy, optimizer, rollouts, cfg: Config, samples=None):
     """One PPO epoch over the rollouts, each process its share of every minibatch, and over `samples` of SFT beside them -> metrics.
     Raises RuntimeError if the first ratio is not 1 or the loss is not finite."""
     processes = data.processes()
-    rank, ranks = processes.process_index, processes.num_processes
     group = rearrange(rollouts.reward, "(g n) -> g n", n=cfg.rollouts)
     advantage, mask, history = leave_one_out_advantage(group).flatten(), rollouts.mask.flatten(1), []
     old_log_prob = rollouts.old_log_prob.flatten(1) * mask
     for step, minibatch in enumerate(torch.randperm(len(advantage)).split(cfg.minibatch)):
         optimizer.zero_grad(set_to_none=True)
-        for rows in minibatch[rank::ranks].split(cfg.micro_batch):
+        for rows in minibatch[processes.process_index::processes.num_processes].split(cfg.micro_batch):
             rows = rows.to(advantage.device)
             log_prob = log_prob_of(policy, rollouts, rows) * mask[rows]
             loss, metrics = ppo_loss(log_prob, old_log_prob[rows], advantage[rows], mask[rows], cfg.clip_eps)
@@ -207,7 +206,7 @@ def update(policy, optimizer, rollouts, cfg: Config, samples=None):
             if step == 0 and metrics["largest_log_ratio"] > 1e-2:  # the update must see the density that sampled, to float32 rounding
                 raise RuntimeError(f"the first ratio must be 1, its logarithm is {float(metrics['largest_log_ratio']):.4f}: "
                                    "sampling and update use different densities")
-            (loss * len(rows) * ranks / len(minibatch)).backward()
+            (loss * len(rows) * processes.num_processes / len(minibatch)).backward()
             history.append(metrics)
         if samples:
             rows = torch.randint(len(samples["mask"]), (2 * cfg.minibatch,))
@@ -302,12 +301,16 @@ def main(cfg: Config):
         return train(cfg)
     run, seconds = data.run_dir(cfg), {}
     shared, kinds = dict(tasks=cfg.tasks, run=run.name, seed=cfg.seed), ("expert", "explore", "imagined")[:1 + 2 * cfg.explore]
-    preset = lambda script, **changes: replace(script.PRESETS[cfg.preset], **shared, **changes)
-    stages = dict(policy_sft=(policy_script.train, preset(policy_script, demos=cfg.demos)),
+
+    def preset(script, kind="", **changes):  # a stage that was run by itself keeps its own flags
+        own = (path := run / f"{kind}.pt").exists() and data.load_checkpoint(path, kind)["config"]
+        return replace(data.from_config(script.Config, own) if own else script.PRESETS[cfg.preset], preset=cfg.preset, **shared, **changes)
+
+    stages = dict(policy_sft=(policy_script.train, preset(policy_script, "policy_sft", demos=cfg.demos)),
                   explore=(evaluate.explore, preset(evaluate, explore=True)),
-                  world_sim=(world_sim_script.train, preset(world_sim_script, demos=cfg.demos, kinds=kinds[:2])),
+                  world_sim=(world_sim_script.train, preset(world_sim_script, "world_sim", demos=cfg.demos, kinds=kinds[:2])),
                   imagine=(evaluate.imagine, preset(evaluate)),
-                  reflector=(reflector_script.train, preset(reflector_script, demos=cfg.demos, judge=cfg.judge, kinds=kinds)),
+                  reflector=(reflector_script.train, preset(reflector_script, "reflector", demos=cfg.demos, judge=cfg.judge, kinds=kinds)),
                   ppo_loop=(train, cfg))
     needless = ("explore", "imagine") * (not cfg.explore) + ("explore", "world_sim", "imagine", "reflector") * (cfg.env == "libero")
     stages = {name: stage for name, stage in stages.items() if name not in needless}

@@ -126,7 +126,12 @@ def test_the_loop_in_real_libero_needs_no_simulator_and_no_reflector(smoke_run, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(smoke_run.cwd / "data")
     (tmp_path / "runs" / "real").mkdir(parents=True)
-    shutil.copy(smoke_run.run / "policy_sft.pt", "runs/real")
+    by_itself = torch.load(smoke_run.run / "policy_sft.pt", weights_only=True)
+    by_itself["config"]["weight_decay"] = 0.5  # as if policy.py had been run with flags of its own
+    torch.save(by_itself, "runs/real/policy_sft.pt")
+    with pytest.raises(data.UserError, match="made with seed=0, asked for 1"):
+        ppo_loop.main(dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:1,7", run="real", env="libero", seed=1))
+    capsys.readouterr()
     run_script(ppo_loop, *TASKS, "--env", "libero", "--run", "real", "--iterations", "1", "--rollouts", "2")
     out, result = capsys.readouterr().out, json.loads(Path("runs/real/results.json").read_text())
     assert {path.name for path in Path("runs/real").iterdir()} == {"policy_sft.pt", "policy_rl.pt", "ppo_loop.jsonl", "episodes.jsonl", "results.json", "videos"}

@@ -108,6 +108,15 @@ def test_disturbed_samples_lead_back_to_where_the_chunk_ended():
     assert all(torch.equal(a, b) for a, b in zip(data.beside("disturb")(proprio, actions, 0.0), (proprio, actions)))
 
 
+@torch.no_grad()
+def test_only_training_disturbs_samples(policy):
+    samples = script.dataset([make_episode(T=40)], CFG.chunk_size)
+    value = lambda: script.share_of_loss(policy, lambda obs, actions, mask: (obs["proprio"].sum() + actions.sum(), {}), samples, torch.arange(8))[0]
+    assert value() == value()
+    policy.train()
+    assert value() != value()
+
+
 def test_the_way_back_is_as_long_in_libero(env):
     """Two chunks that `disturb` makes of one, for errors of opposite sign, end apart by about these errors."""
     sample = env.reset(init_index=0)["proprio"], np.zeros((1, 8, 7), np.float32) - [0, 0, 0, 0, 0, 0, 1]
