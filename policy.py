@@ -77,7 +77,7 @@ class Config:
 OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, bf16=True)
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, mlp=64, octaves=2,
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, mlp=64,
                     proprio_noise=0.02, steps=20, scale_steps=5, batch_size=16, save_every=10),
     "base": Config(preset="base", tower=(64, 128, 256), width=512, layers=8, heads=8, mlp=1376, steps=10000, scale_steps=500,
                    batch_size=128, lr=3e-4, lr_heads=3e-4, save_every=1000, **OPENVLA),

@@ -109,6 +109,21 @@ def test_disturbed_samples_lead_back_to_where_the_chunk_ended():
 
 
 @torch.no_grad()
+def test_waves_tell_poses_apart_that_are_millimetres_from_each_other(tokenizer):
+    near = make_obs(1)["proprio"] + torch.tensor([[0.0], [0.002]])
+    apart = []
+    for octaves in (0, 4):
+        torch.manual_seed(0)
+        policy, seen = script.Policy(dataclasses.replace(CFG, octaves=octaves), tokenizer, STATS).eval(), []
+        policy.proprio_projector[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        policy(rows(make_obs(1), 0, 0) | dict(proprio=near))
+        assert seen[0].shape == (2, 8 + 16 * octaves)
+        torch.testing.assert_close(seen[0][:, :8], script.normalise(near, policy.proprio_bounds))
+        apart.append((seen[0][0] - seen[0][1]).norm())
+    assert apart[1] > 5 * apart[0]
+
+
+@torch.no_grad()
 def test_only_training_disturbs_samples(policy):
     samples = script.dataset([make_episode(T=40)], CFG.chunk_size)
     value = lambda: script.share_of_loss(policy, lambda obs, actions, mask: (obs["proprio"].sum() + actions.sum(), {}), samples, torch.arange(8))[0]
@@ -192,10 +207,10 @@ def test_scale_loss_trains_the_scale_head_alone(policy):
     assert touched == {"scale_trunk", "scale_out"}
 
 
-@pytest.mark.parametrize("preset", ["smoke", "tiny"])
-def test_it_overfits_one_batch(tokenizer, preset):
+@pytest.mark.parametrize("preset, octaves", [("smoke", 0), ("smoke", 2), ("tiny", 0)])
+def test_it_overfits_one_batch(tokenizer, preset, octaves):
     torch.manual_seed(0)
-    cfg = dataclasses.replace(script.PRESETS[preset], crop_area=1.0, jitter=0.0)
+    cfg = dataclasses.replace(script.PRESETS[preset], crop_area=1.0, jitter=0.0, octaves=octaves)
     policy = script.Policy(cfg, tokenizer, STATS).train()
     obs, mask = make_obs(4, size=cfg.image_size), torch.ones(4, cfg.chunk_size)
     target = torch.rand(4, cfg.chunk_size, 7, generator=torch.Generator().manual_seed(1)) * 2 - 1
