@@ -103,9 +103,7 @@ def psnr(a, b):
 @torch.no_grad()
 def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None, explore_scale=None):
     """Roll `policy` in `env` -> record and, exploring, the Episode, else its frames.
-
-    `judge(frames (T, 3, H, W) so far, step) -> p_success, stop` ends the episode with `--stop reflector`.
-    """
+    `judge(frames (T, 3, H, W) so far, step) -> p_success, stop` ends the episode with `--stop reflector`."""
     torch.manual_seed(cfg.seed * 1_000_003 + (init_index if seed is None else seed))
     exploring = explore_scale is not None
     policy.noise_scale = explore_scale or 1.0

@@ -53,7 +53,7 @@ class Config:
     layers: int = 4  # of the Llama
     heads: int = 4  # of its attention
     mlp: int = 341  # hidden size of its MLP
-    init_std: float = 0.02  # of the Llama's first weights
+    init_std: float = 0.02  # standard deviation of the Llama's first weights
     vocabulary: int = 0  # rows of its embedding; 0: one per token
     tokens_per_action: int = 1  # placeholders per action; OpenVLA-OFT: 7, one per dimension
     prompt: str = "{}"  # around the instruction
