@@ -21,7 +21,7 @@ Reads: demonstrations (--demos), a published checkpoint (--pretrained).  Writes:
   python policy.py --tasks long --steps 6000 --proprio-noise 0.02 --octaves 4 --init-std 0.088
   accelerate launch policy.py --preset paper --tasks goal --pretrained openvla-7b/     # fine-tune the published 7B model
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,8 @@ class Config:
     prompt: str = "{}"  # around the instruction
     attention: str = "full"  # full (OpenVLA-OFT) or suffix (RIPT-VLA)
     lora_rank: int = 0  # of adapters on every linear layer outside the heads; 0: everything is trained in full
-    bf16: bool = False  # run the network in bfloat16 autocast; for a GPU
+    bf16: bool = False  # train the network in bfloat16 autocast; for a GPU
+    compile: bool = False  # train the Llama compiled (torch.compile), twice as fast on a GPU; the first steps take a minute
     octaves: int = 0  # proprio is also given as sines and cosines of so many frequencies
     proprio_noise: float = 0.0  # m, standard deviation of an error of the hand in training, which the actions make up for
     crop_area: float = 0.9  # random crop in training, centre crop otherwise (OpenVLA-OFT)
@@ -74,16 +75,16 @@ class Config:
     save_every: int = 250  # steps between checkpoints, what a kill can cost
 
 
-OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, image_size=224, bf16=True)
+OPENVLA = dict(prompt="In: What action should the robot take to {}?\nOut:", tokens_per_action=7, bf16=True)
 PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), width=32, layers=2, heads=2, mlp=64,
                     proprio_noise=0.02, steps=20, scale_steps=5, batch_size=16, save_every=10),
-    "base": Config(preset="base", tower=(64, 128, 256), width=512, layers=8, heads=8, mlp=1376, steps=10000, scale_steps=500,
-                   batch_size=128, lr=3e-4, lr_heads=3e-4, save_every=1000, **OPENVLA),
-    "paper": Config(preset="paper", tower=(), dino=(1024, 24, 16), siglip=(1152, 27, 16, 4304), patch=14, width=4096, layers=32,
-                    heads=32, mlp=11008, vocabulary=32064, lora_rank=32, min_log_scale=-10.0, steps=50000, scale_steps=2000,
-                    lr=5e-4, lr_heads=5e-4, save_every=2000, **OPENVLA),
+    "base": Config(preset="base", image_size=128, tower=(64, 128, 256), width=512, layers=8, heads=8, mlp=1376, steps=10000,
+                   scale_steps=500, batch_size=128, lr=3e-4, lr_heads=3e-4, save_every=1000, compile=True, **OPENVLA),
+    "paper": Config(preset="paper", image_size=224, tower=(), dino=(1024, 24, 16), siglip=(1152, 27, 16, 4304), patch=14, width=4096,
+                    layers=32, heads=32, mlp=11008, vocabulary=32064, lora_rank=32, min_log_scale=-10.0, steps=50000,
+                    scale_steps=2000, lr=5e-4, lr_heads=5e-4, save_every=2000, **OPENVLA),
 }
 
 
@@ -130,8 +131,8 @@ class Policy(nn.Module):
         self.cfg, self.tokenizer = cfg, tokenizer
         self.noise_scale = 1.0  # multiplies the Laplace scale, in sampling and in density
         self.prompt_gradient = True  # False: only the suffix learns; what comes before it runs without gradient
-        self.augment = data.beside("augment")  # in training random crop, brightness, contrast, saturation, hue; else the centre crop
-        self.disturb = data.beside("disturb")  # in training the hand is not quite where a demonstration was, and its actions lead back
+        # in training a random crop with other colours, else the centre crop; and a hand that is not quite where a demonstration was
+        self.augment, self.disturb = data.beside("augment"), data.beside("disturb")
         D, inputs = cfg.width, cfg.tokens_per_action * cfg.width
         self.tower = ResNet(cfg) if cfg.tower else data.beside("dino_siglip")(cfg)
         C = self.tower.channels
@@ -260,10 +261,10 @@ def normalise(x, bounds):
 
 
 def load_policy(path, device="cpu") -> Policy:
-    """A policy from `policy_sft.pt` or `policy_rl.pt`, in eval mode. Raises UserError."""
+    """A policy from `policy_sft.pt` or `policy_rl.pt`, in eval mode, in float32 but for LoRA's. Raises UserError."""
     checkpoint = data.load_checkpoint(path, "policy", device)
-    with torch.device(device):
-        policy = Policy(data.from_config(Config, checkpoint["config"]), data.beside("load_tokenizer")(checkpoint["tokenizer"]))
+    cfg = data.from_config(Config, checkpoint["config"])  # PPO's ratios need float32, bfloat16 rounds otherwise in another batch
+    policy = Policy(replace(cfg, bf16=cfg.bf16 and cfg.lora_rank > 0), data.beside("load_tokenizer")(checkpoint["tokenizer"])).to(device)
     policy.load_state_dict(checkpoint["model"])
     return policy.eval()
 
@@ -276,16 +277,16 @@ def load_openvla(checkpoint_dir, suite="") -> dict:
 
 # ---- training ------------------------------------------------------------------------------------------------------------
 
-def dataset(episodes, chunk_size):
+def dataset(episodes, chunk_size, device="cpu"):
     """Every state with a frame and the K actions that follow: frames, proprio, instruction, actions (n, K, 7), mask (n, K)."""
     rows = [(e, i, t) for e in episodes for i, t in enumerate(e.frame_steps) if t < len(e.actions)]
     steps = [np.arange(t, t + chunk_size) for _, _, t in rows]
-    return dict({key: torch.from_numpy(np.stack([getattr(e, key)[i] for e, i, _ in rows]))
+    as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
+    return dict({key: as_tensor([getattr(e, key)[i] for e, i, _ in rows])
                  for key in ("frames", "wrist_frames") if getattr(episodes[0], key) is not None},
-                proprio=torch.from_numpy(np.stack([e.proprio[t] for e, _, t in rows])),
-                instruction=[e.instruction for e, _, _ in rows],
-                actions=torch.from_numpy(np.stack([e.actions[s.clip(max=len(e.actions) - 1)] for (e, *_), s in zip(rows, steps)])),
-                mask=torch.from_numpy(np.stack([s < len(e.actions) for (e, *_), s in zip(rows, steps)])).float())
+                proprio=as_tensor([e.proprio[t] for e, _, t in rows]), instruction=[e.instruction for e, _, _ in rows],
+                actions=as_tensor([e.actions[s.clip(max=len(e.actions) - 1)] for (e, *_), s in zip(rows, steps)]),
+                mask=as_tensor([s < len(e.actions) for (e, *_), s in zip(rows, steps)]).float())
 
 
 def share_of_loss(policy, loss, samples, batch):
@@ -309,7 +310,7 @@ def train(cfg: Config):
         return print(f"{path} is finished ({total} steps); delete it to train again")
     torch.manual_seed(cfg.seed)
     episodes = data.load_episodes(cfg.demos, tasks, cfg.demos_per_task, image_size=cfg.image_size, wrist=cfg.cameras == 2)
-    samples, weights = dataset(episodes, cfg.chunk_size), None
+    samples, weights = dataset(episodes, cfg.chunk_size, device), None
     quantiles = lambda x: np.quantile(np.concatenate(x), [0.01, 0.99], axis=0)
     stats = dict(action=quantiles([e.actions for e in episodes]), proprio=quantiles([e.proprio for e in episodes]))
     tokenizer = checkpoint["tokenizer"] if checkpoint else data.beside("train_tokenizer")()
@@ -317,6 +318,8 @@ def train(cfg: Config):
         weights, tokenizer = load_openvla(cfg.pretrained, tasks[0].suite), (Path(cfg.pretrained) / "tokenizer.json").read_text("utf-8")
     with torch.device(device):
         policy = Policy(cfg, data.beside("load_tokenizer")(tokenizer), stats, weights)
+    if cfg.compile:
+        policy.llama.compile()
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=cfg.weight_decay, fused=True)
     print(f"policy: {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters, {len(episodes)} demonstrations, "
           f"{len(samples['frames'])} samples, {total} steps of {cfg.batch_size}")

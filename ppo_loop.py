@@ -204,8 +204,7 @@ def update(policy, optimizer, rollouts, cfg: Config, samples=None):
             if not torch.isfinite(loss):
                 raise RuntimeError(f"loss is {float(loss)}; lower --lr or look at the rollouts")
             if step == 0 and metrics["largest_log_ratio"] > 1e-2:  # the update must see the density that sampled, to float32 rounding
-                raise RuntimeError(f"the first ratio must be 1, its logarithm is {float(metrics['largest_log_ratio']):.4f}: "
-                                   "sampling and update use different densities")
+                raise RuntimeError(f"the first ratio must be 1, not exp({float(metrics['largest_log_ratio']):.4f}): the density differs")
             (loss * len(rows) * processes.num_processes / len(minibatch)).backward()
             history.append(metrics)
         if samples:

@@ -59,7 +59,7 @@ PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, tower=(8, 16), frames=3, width=32, layers=1, heads=2, steps=20,
                     batch_size=8, save_every=10),
-    "base": Config(preset="base", image_size=224, frames=8, tower=(64, 128, 256, 512), width=512, layers=8, heads=8, steps=10000,
+    "base": Config(preset="base", image_size=128, frames=8, tower=(64, 128, 256), width=512, layers=8, heads=8, steps=10000,
                    batch_size=64, lr=3e-4, save_every=1000),
 }
 
@@ -213,8 +213,7 @@ def train(cfg: Config):
     instructions = sorted({e.instruction for e in episodes})
     tokenizer = checkpoint["tokenizer"] if checkpoint else data.beside("train_tokenizer")()
     reflector = Reflector(cfg, data.beside("load_tokenizer")(tokenizer)).to(device)
-    groups = [dict(params=list(reflector.parameters()), peak=cfg.lr)]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW([dict(params=list(reflector.parameters()), peak=cfg.lr)], lr=cfg.lr, weight_decay=0.05, fused=True)
     print(f"reflector: {sum(p.numel() for p in reflector.parameters()) / 1e6:.1f} M parameters, {len(episodes)} episodes, "
           f"{len(positives)} positive and {len(negatives)} negative frames ({len(held_out)} episodes held out), {cfg.steps} steps")
 

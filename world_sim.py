@@ -76,7 +76,7 @@ PRESETS = {
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, patch=4, vae_channels=(16, 16),
                     latent_channels=4, channels=(16, 32), hidden=32, own_chunks=1, condition_dropout=0.2, warp=False,
                     prediction="v_prediction", sampling_steps=2, vae_steps=20, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
-    "base": Config(preset="base", image_size=224, **EVAC | dict(vae_channels=(64, 128, 256, 256), frames_per_chunk=2),
+    "base": Config(preset="base", image_size=128, **EVAC | dict(vae_channels=(64, 128, 256, 256), frames_per_chunk=2),
                    channels=(128, 256, 256), hidden=512, sampling_steps=8, vae_steps=10000, steps=30000, lr=2e-4),
     "paper": Config(preset="paper", image_size=224, **EVAC | dict(pure_noise=0), pretrained="ali-vilab/text-to-video-ms-1.7b",
                     channels=(320, 640, 1280, 1280), hidden=1024, residual=False, sampling_steps=27, steps=100000, batch_size=64, lr=5e-5),
