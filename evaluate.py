@@ -439,23 +439,29 @@ def success_agreement(world_sim, reflector, episodes) -> dict:
 
 
 def evaluate_reflector(reflector, episodes) -> dict:
-    """ROC AUC of per-frame success, and what stopping would do: share of failures stopped, of successes stopped while they were one
-    (found, with the delay in control steps) or while not (wrong, most often too early), and of all stops that were right."""
-    p, label, false_stop, found, wrong, delay = [], [], [], [], [], []
+    """ROC AUC of per-frame success, and of success against the same frames with another task's instruction; expected calibration error
+    (10 bins); and what stopping would do: share of failures stopped, of successes stopped while they were one (found, with the delay in
+    control steps) or while not (wrong, most often too early), and of all stops that were right."""
+    p, label, false_stop, found, wrong, delay, misread = [], [], [], [], [], [], []
+    instructions = sorted({e.instruction for e in episodes})
     for episode in episodes:
         score, truth = reflector.score(episode), episode.success[episode.frame_steps]
         p, label = np.concatenate([p, score]), np.concatenate([label, truth])
         stop = stops(torch.from_numpy(score)[None], float(reflector.threshold), reflector.cfg.min_steps, reflector.cfg.patience)
         at = np.flatnonzero(stop[0])[:1]  # the first, if there is one
         if truth.any():
+            other = instructions[instructions.index(episode.instruction) - 1]
+            misread += reflector.score(dataclasses.replace(episode, instruction=other))[truth].tolist() if len(instructions) > 1 else []
             found.append(truth[at].any())
             wrong.append(not truth[at].all())
             delay += list(episode.frame_steps[at] - np.argmax(episode.success)) if found[-1] else []
         else:
             false_stop.append(len(at))
-    mean = lambda x: float(np.mean(x)) if len(x) else float("nan")
-    return dict(auc=roc_auc(p, label), frames=len(p), positives=int(label.sum()), episodes=len(episodes), failures=len(false_stop),
-                false_stop_rate=mean(false_stop), found_rate=mean(found), wrong_stop_rate=mean(wrong), mean_delay_steps=mean(delay),
+    mean, bins, right = lambda x: float(np.mean(x)) if len(x) else float("nan"), np.minimum(p * 10, 9).astype(int), p[label > 0]
+    return dict(auc=roc_auc(p, label), wrong_instruction_auc=roc_auc([*right, *misread], [1] * len(right) + [0] * len(misread)),
+                ece=float(sum(abs((p - label)[bins == b].sum()) for b in range(10)) / len(p)), frames=len(p),
+                positives=int(label.sum()), episodes=len(episodes), failures=len(false_stop), false_stop_rate=mean(false_stop),
+                found_rate=mean(found), wrong_stop_rate=mean(wrong), mean_delay_steps=mean(delay),
                 stop_precision=mean([True] * sum(found) + [False] * (sum(wrong) + sum(false_stop))))
 
 
@@ -474,14 +480,7 @@ def report(cfg: Config):
     for e, twin in zip(real, twins):
         data.save_video(run / "videos" / f"gap_{e.task}_{e.index}.mp4", np.concatenate([e.frames, twin.frames], -1), fps=4)
     print(json.dumps(result, indent=1))
-    save_json(run / "report.json", result)
-
-
-def save_json(path, value):
-    """Write JSON that any reader takes: what was not measured is null, not NaN."""
-    finite = lambda x: {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else None if x != x else x
-    with data.atomic(path) as part:
-        part.write_text(json.dumps(finite(value), indent=1))
+    data.beside("save_json")(run / "report.json", result)
 
 
 def main(cfg: Config):
@@ -491,7 +490,7 @@ def main(cfg: Config):
     began, path = time.time(), cfg.policy or str(data.run_dir(cfg) / "policy_sft.pt")
     result = summary(evaluate_policy([path], cfg), cfg) | dict(seconds=round(time.time() - began))
     data.beside("print_table")(result)
-    save_json(data.run_dir(cfg) / f"results_{Path(path).stem}_{cfg.stop}.json", result)
+    data.beside("save_json")(data.run_dir(cfg) / f"results_{Path(path).stem}_{cfg.stop}.json", result)
 
 
 if __name__ == "__main__":

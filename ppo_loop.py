@@ -325,7 +325,7 @@ def main(cfg: Config):
     if (run / "results.json").exists():  # stages that were finished before took their time then
         earlier = json.loads((run / "results.json").read_text())["seconds"]
         seconds = {name: max(spent, earlier.get(name, 0)) for name, spent in seconds.items()}
-    evaluate.save_json(run / "results.json", result | dict(seconds=seconds | dict(total=sum(seconds.values()))))
+    data.beside("save_json")(run / "results.json", result | dict(seconds=seconds | dict(total=sum(seconds.values()))))
     if "explore" in stages:
         evaluate.report(eval_cfg)
     data.beside("print_table")(result)

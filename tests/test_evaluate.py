@@ -138,7 +138,16 @@ def test_reflector_report_counts_false_wrong_and_late_stops():
     assert result["false_stop_rate"] == 0 and result["found_rate"] == 1 / 3 and result["mean_delay_steps"] == 6
     stub.threshold = 0.95
     result = evaluate.evaluate_reflector(stub, episodes)
-    assert result["found_rate"] == 0 and np.isnan(result["stop_precision"])
+    assert result["found_rate"] == 0 and np.isnan(result["stop_precision"]) and np.isnan(result["wrong_instruction_auc"])  # one instruction
+
+
+def test_reflector_report_knows_wrong_instructions_and_calibration():
+    episodes = [make_episode(T=12, index=index, success_from=8, instruction=text) for index, text in enumerate("ab")]
+    done = {(0, "a"): 0.9, (1, "b"): 0.8, (0, "b"): 0.85, (1, "a"): 0.1}  # the last two: the same frames, another task's instruction
+    stub = SimpleNamespace(threshold=0.5, score=lambda e: np.array([0.05, 0.05] + [done[e.index, e.instruction]] * 2), cfg=SimpleNamespace(min_steps=0, patience=1))
+    result = evaluate.evaluate_reflector(stub, episodes)
+    assert result["wrong_instruction_auc"] == 12 / 16 and result["auc"] == 1
+    assert result["ece"] == pytest.approx((4 * 0.05 + 2 * 0.1 + 2 * 0.2) / 8)
 
 
 def test_ssim_knows_equal_noisy_and_unrelated_frames():
