@@ -321,8 +321,8 @@ class LiberoEnv:
                 from libero.libero.envs.env_wrapper import ControlEnv
                 self.env = ControlEnv(task.bddl_path, use_camera_obs=False, hard_reset=False, ignore_done=True)
         except (ImportError, AttributeError, RuntimeError, ValueError) as error:
-            require("libero" in str(error).lower(), f"no off-screen rendering with MUJOCO_GL={os.environ['MUJOCO_GL']} "
-                    f"({str(error).splitlines()[0][:60]}); run: apt-get install libegl1 libegl-mesa0 libgl1")
+            require(isinstance(error, ModuleNotFoundError) or "libero" in str(error).lower(), "no off-screen rendering with "
+                    f"MUJOCO_GL={os.environ['MUJOCO_GL']} ({str(error)[:60]!r}); run: apt-get install libegl1 libegl-mesa0 libgl1")
             raise
         self.task, self.image_size, self.wrist, self.init_states = task, image_size, wrist, suite.get_task_init_states(task.index)
         self.env.env._observables = {}  # robosuite's observables cost a quarter of a step and nobody here reads them
