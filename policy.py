@@ -206,7 +206,7 @@ class Policy(nn.Module):
         # additive, never bool: eager attention adds a bool mask as 0 / 1
         mask = torch.zeros(seen.shape, device=x.device).masked_fill(seen == 0, torch.finfo(torch.float32).min)
         mask, positions = repeat(mask, "b k -> b 1 q k", q=x.shape[1]), (seen.cumsum(1) - 1).clamp(min=0)[:, -x.shape[1]:]
-        return self.llama(inputs_embeds=x, attention_mask=mask, position_ids=positions, past_key_values=cache).last_hidden_state
+        return self.llama(None, mask, positions, cache, x).last_hidden_state  # by position: transformers 5.24 renamed the cache's keyword
 
     # ---- the density ----
     def act(self, obs, deterministic=False):

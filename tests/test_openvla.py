@@ -186,7 +186,7 @@ def test_suffix_attention_with_a_cache_is_one_pass_with_a_block_mask(tokenizer):
 def test_whether_the_prompt_sees_the_placeholders(tokenizer, attention, monkeypatch):
     policy, obs, states = make_policy(tokenizer, attention=attention), make_obs(2), []
     run, embed = policy.llama.forward, policy.embed
-    monkeypatch.setattr(policy.llama, "forward", lambda **inputs: states.append(run(**inputs)) or states[-1])
+    monkeypatch.setattr(policy.llama, "forward", lambda *inputs: states.append(run(*inputs)) or states[-1])
     policy.hidden(obs)
     before = torch.cat([s.last_hidden_state for s in states], 1)
     monkeypatch.setattr(policy, "embed", lambda obs: (lambda prefix, suffix, seen: (prefix, suffix + 1, seen))(*embed(obs)))
