@@ -457,7 +457,8 @@ def evaluate_reflector(reflector, episodes) -> dict:
             delay += list(episode.frame_steps[at] - np.argmax(episode.success)) if found[-1] else []
         else:
             false_stop.append(len(at))
-    mean, bins, right = lambda x: float(np.mean(x)) if len(x) else float("nan"), np.minimum(p * 10, 9).astype(int), p[label > 0]
+    mean = lambda x: float(np.mean(x)) if len(x) else float("nan")
+    bins, right = np.minimum(p * 10, 9).astype(int), p[label > 0]
     return dict(auc=roc_auc(p, label), wrong_instruction_auc=roc_auc([*right, *misread], [1] * len(right) + [0] * len(misread)),
                 ece=float(sum(abs((p - label)[bins == b].sum()) for b in range(10)) / len(p)), frames=len(p),
                 positives=int(label.sum()), episodes=len(episodes), failures=len(false_stop), false_stop_rate=mean(false_stop),
