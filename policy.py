@@ -186,7 +186,8 @@ class Policy(nn.Module):
     def embed(self, obs):
         """-> prefix (B, S, D), suffix (B, n + 2, D) from the last prompt token on, seen (B, S + n + 2): 0 at padding."""
         cfg, prompts = self.cfg, [self.cfg.prompt.format(text.lower()) for text in obs["instruction"]]
-        text = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.action_bounds.device)
+        text = self.tokenizer(prompts, padding=True, pad_to_multiple_of=64 if cfg.compile else None,  # every length is compiled anew
+                              return_tensors="pt", add_special_tokens=False).to(self.action_bounds.device)
         ids = text["input_ids"]                                                                      # (B, L) padded on the left
         views = [data.check_frames(obs[key], cfg.image_size, "policy") for key in ("frames", "wrist_frames")[:cfg.cameras]]
         views = [self.augment(view.float() / 255, cfg, self.training) for view in views]

@@ -242,7 +242,7 @@ def train(cfg: Config):
         cfg.demos, data.parse_tasks(cfg.tasks), policy.cfg.demos_per_task, image_size=policy.cfg.image_size), policy.cfg.chunk_size)
     for module, learns in ((policy.tower, False), (policy.scale_trunk, cfg.train_scale), (policy.scale_out, cfg.train_scale)):
         module.requires_grad_(learns)
-    policy.prompt_gradient = policy.cfg.attention == "full"
+    policy.prompt_gradient, torch.backends.cudnn.allow_tf32 = policy.cfg.attention == "full", False  # its rounding depends on the batch
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=0.0)
     first, no_spread = data.restore(checkpoint, policy, optimizer), checkpoint["no_spread"] if checkpoint else 0
     best, fallen = checkpoint["best"] if checkpoint else None, False

@@ -40,6 +40,7 @@ class Config:
     kinds: tuple[str, ...] = ("expert", "explore", "imagined")  # training data
     judge: str = "reward_head"  # or binary, the paper's baseline: says yes or no, learned from demonstrations alone
     image_size: int = 96  # H = W in pixels
+    tower_from: str = "policy_sft.pt"  # checkpoint in runs/<run>/ whose ResNet the vision tower starts from; empty: random weights
     frames: int = 2  # frames seen at once, uniformly picked from those so far; the paper: 32
     tower: tuple[int, ...] = (32, 64, 128)  # channels of the ResNet stages, each halving the resolution after a stem of 4
     width: int = 96  # D, of the language model
@@ -70,7 +71,7 @@ class Reflector(nn.Module):
     def __init__(self, cfg: Config, tokenizer):
         super().__init__()
         from transformers import LlamaConfig, LlavaConfig, LlavaModel, ResNetConfig
-        self.cfg, self.tokenizer = cfg, tokenizer
+        self.cfg, self.tokenizer, self.augment = cfg, tokenizer, data.beside("augment_video")  # other light, a shift, and blur
         vision = ResNetConfig(embedding_size=cfg.tower[0], hidden_sizes=list(cfg.tower), depths=[1] * len(cfg.tower),
                               layer_type="basic", hidden_size=cfg.tower[-1])
         text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=cfg.width, intermediate_size=cfg.width * 4,
@@ -105,19 +106,9 @@ class Reflector(nn.Module):
 
     def loss(self, frames, instruction, label):
         """BCE of the success label (B,)."""
-        logit = self(self.augment(frames) if self.training else frames, instruction)
+        logit = self(self.augment(frames, self.cfg) if self.training else frames, instruction)
         loss = F.binary_cross_entropy_with_logits(logit, label)
         return loss, dict(bce=loss.detach(), accuracy=((logit > 0) == (label > 0.5)).float().mean())
-
-    def augment(self, frames):
-        """Brightness, contrast, a shift of up to 4 pixels, and blur for half of the samples; the same for all frames of one."""
-        B, frames = len(frames), frames.float()
-        gain, bias = 1 + self.cfg.jitter * (torch.rand(2, B, 1, 1, 1, 1, device=frames.device) * 2 - 1)
-        frames = ((frames - 128) * gain + 128 * bias).clamp(0, 255)
-        dx, dy, size = *torch.randint(0, 9, (2,)).tolist(), self.cfg.image_size
-        frames = F.pad(frames.flatten(0, 1), (4, 4, 4, 4), mode="replicate")[..., dy:dy + size, dx:dx + size]
-        soft = F.interpolate(F.avg_pool2d(frames, 2), scale_factor=2, mode="bilinear").unflatten(0, (B, -1))
-        return torch.where(torch.rand(B, 1, 1, 1, 1, device=frames.device) < 0.5, soft, frames.unflatten(0, (B, -1)))
 
     @torch.no_grad()
     def score(self, episode):
@@ -182,11 +173,12 @@ def load_reflector(path, device="cpu") -> Reflector:
 
 # ---- training ------------------------------------------------------------------------------------------------------------
 
-def make_batch(episodes, positives, near, negatives, instructions, cfg, rng):
+def make_batch(episodes, tasks, instructions, cfg, rng):
     """-> frames (B, T, 3, H, W) uint8, instruction, label (B,): half positives and a quarter near misses where there are any, some with
-    another instruction. The three are lists of (episode, frame)."""
+    another instruction. `tasks`: for each task positives, near misses and negatives, lists of (episode, frame)."""
     samples = []
     for b in range(cfg.batch_size):
+        positives, near, negatives = tasks[rng.integers(len(tasks))]  # half of each task: its instruction must not tell the answer
         rows = positives if positives and (b % 2 or not negatives) else near if near and b % 4 else negatives
         i, f = rows[rng.integers(len(rows))]
         label, text = float(rows is positives), episodes[i].instruction
@@ -207,19 +199,22 @@ def train(cfg: Config):
     kinds = cfg.kinds if cfg.judge == "reward_head" else ("expert",)
     episodes, held_out = data.training_episodes(cfg, cfg.image_size, cfg.demos_per_task, kinds)
     judged = [e for e in held_out if e.source == "imagined"] or held_out or episodes  # to choose the threshold on, as LOOP will use it
-    labelled = [(i, f, bool(e.success[s])) for i, e in enumerate(episodes) for f, s in enumerate(e.frame_steps)]
-    positives, negatives = [(i, f) for i, f, y in labelled if y], [(i, f) for i, f, y in labelled if not y]
-    near = [(i, f) for i, f in negatives if episodes[i].success[episodes[i].frame_steps[f]:][:33].any()]  # success within 32 steps
-    instructions = sorted({e.instruction for e in episodes})
+    instructions, tasks = sorted({e.instruction for e in episodes}), []
+    for text in instructions:  # `ahead`: is the task done at this frame, and in the 32 steps after it?
+        rows = [(i, f, e.success[s:s + 33]) for i, e in enumerate(episodes) if e.instruction == text for f, s in enumerate(e.frame_steps)]
+        wanted = lambda ahead: ahead[0], lambda ahead: ahead.any() and not ahead[0], lambda ahead: not ahead[0]
+        tasks.append([[(i, f) for i, f, ahead in rows if kind(ahead)] for kind in wanted])
     tokenizer = checkpoint["tokenizer"] if checkpoint else data.beside("train_tokenizer")()
     reflector = Reflector(cfg, data.beside("load_tokenizer")(tokenizer)).to(device)
+    if cfg.tower_from and not checkpoint:
+        data.beside("load_tower")(path.parent / cfg.tower_from, reflector.llava.vision_tower)  # as LLaVA starts from CLIP
     optimizer = torch.optim.AdamW([dict(params=list(reflector.parameters()), peak=cfg.lr)], lr=cfg.lr, weight_decay=0.05, fused=True)
     print(f"reflector: {sum(p.numel() for p in reflector.parameters()) / 1e6:.1f} M parameters, {len(episodes)} episodes, "
-          f"{len(positives)} positive and {len(negatives)} negative frames ({len(held_out)} episodes held out), {cfg.steps} steps")
+          f"{sum(len(t[0]) for t in tasks)} positive frames ({len(held_out)} episodes held out), {cfg.steps} steps")
 
     def loss_of(phase, step):
         reflector.train()
-        frames, texts, label = make_batch(episodes, positives, near, negatives, instructions, cfg, np.random.default_rng((cfg.seed, step)))
+        frames, texts, label = make_batch(episodes, tasks, instructions, cfg, np.random.default_rng((cfg.seed, step)))
         share = slice(processes.process_index, None, processes.num_processes)
         return reflector.loss(frames[share].to(device), texts[share], label[share].to(device))
 
