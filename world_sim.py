@@ -14,7 +14,7 @@ Dims: B batch, K chunk_size, F frames_per_chunk, M memory, C latent channels, h 
 Differs from EVAC: no CLIP tokens, no ray maps; `paper` starts from ModelScope's text-to-video model. `tiny` and `smoke` stack the frames
 as channels of a 2-D U-Net (7-20 times cheaper than a video U-Net on a CPU), the actions in its time embedding; `tiny` and `base` denoise
 the change since the last memory frame: most of the scene stands still. `tiny` predicts the clean sample, copies what moves from the
-memory, has a linear VAE, and one frame per chunk, all that the policy sees.
+memory, and the arm from the demonstration frame with the nearest gripper, has a linear VAE, and one frame per chunk, all the policy sees.
 Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/world_sim.pt, world_sim.jsonl, world_sim_*.png.
 
   python world_sim.py --demos data/
