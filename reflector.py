@@ -4,17 +4,19 @@
   p_t = sigmoid(head(h_t)),  trained with BCE against y_t = 1[LIBERO's success predicate holds at t]
   a rollout stops at the first t with p_t > threshold, `patience` times in a row; p there is its reward (the paper's threshold is
   0.5, here it is chosen on held-out episodes)
-Labels are not latched: when a bowl falls off its plate, success is lost. Half of each batch is positive, a quarter are near
-misses, up to 32 steps before success: a stop too early ends a rollout before what decides it, and LOOP never learns that. The other
-negatives are the rest of all episodes, and successful frames under another task's instruction.
+Labels are not latched: when a bowl falls off its plate, success is lost. Of each task's samples half are positive, so that its
+instruction does not tell the answer, a quarter are near misses, up to 32 steps before success: a stop too early ends a rollout
+before what decides it, and LOOP never learns that. The other negatives are the rest of its episodes, and successful frames under
+another task's instruction.
 Dims: B batch, T frames so far, P tokens per frame, D width, H W pixels.
 
-Differs from the paper: `tiny` trains a small LLaVA from scratch instead of a head on a frozen one, with a ResNet for its vision
-tower; it sees 2 frames, first and last, instead of 32, blurred at random in training because imagined frames are softer than
-real ones. (Trained from scratch, a head on the last text token learned nothing in 300 steps; the mean over o_t's tokens does.)
+Differs from the paper: `tiny` trains a small LLaVA from scratch instead of a head on a frozen one, its vision tower a ResNet that
+starts from the policy's; it sees 2 frames, first and last, instead of 32, blurred at random in training because imagined frames are
+softer than real ones. (Trained from scratch, a head on the last text token learned nothing in 300 steps; the mean over o_t's tokens
+does.)
 `--judge binary` stands for a LLaVA that is asked whether the task is done: the same network, but its answer is yes or no, and it
 has seen nothing but demonstrations, as a model asked without a reward head has seen no rollout of this policy.
-Reads: demonstrations (--demos), runs/<run>/explore/, runs/<run>/imagined/.  Writes: runs/<run>/reflector.pt, reflector.jsonl.
+Reads: demonstrations (--demos), runs/<run>/explore/, imagined/, policy_sft.pt.  Writes: runs/<run>/reflector.pt, reflector.jsonl.
 
   python reflector.py --demos data/
 """

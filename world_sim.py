@@ -14,13 +14,12 @@ Dims: B batch, K chunk_size, F frames_per_chunk, M memory, C latent channels, h 
 Differs from EVAC: no CLIP tokens, no ray maps; `paper` starts from ModelScope's text-to-video model. `tiny` and `smoke` stack the frames
 as channels of a 2-D U-Net (7-20 times cheaper than a video U-Net on a CPU), the actions in its time embedding; `tiny` and `base` denoise
 the change since the last memory frame: most of the scene stands still. `tiny` predicts the clean sample, copies what moves from the
-memory, and the arm from the demonstration frame with the nearest gripper, has a linear VAE, and one frame per chunk, all the policy sees.
+memory, has a linear VAE, and one frame per chunk, all that the policy sees.
 Reads: demonstrations (--demos), runs/<run>/explore/.  Writes: runs/<run>/world_sim.pt, world_sim.jsonl, world_sim_*.png.
 
   python world_sim.py --demos data/
 """
 from dataclasses import dataclass
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -59,7 +58,6 @@ class Config:
     condition_dropout: float = 0.0  # share of training samples without action map, and without actions
     residual: bool = True  # denoise the change since the last memory frame, not the frame
     warp: bool = True  # the 2-D U-Net also copies from the memory: each frame as it is and moved with the gripper, bent by a flow
-    references: int = 1000  # demonstration frames at hand; `warp` also copies from the one with the gripper nearest to where it goes
     pure_noise: float = 0.9  # share of training samples that start from noise alone, as sampling in one step does
     prediction: str = "sample"  # what the U-Net outputs, in diffusers' words: sample (easy where nothing moves) or v_prediction (EVAC)
     sampling_steps: int = 1  # DDIM steps; EVAC: 27
@@ -72,11 +70,11 @@ class Config:
 
 
 EVAC = dict(frames_per_chunk=8, patch=1, vae_channels=(128, 256, 512, 512), latent_channels=4, video_unet=True, bf16=True,
-            condition_dropout=0.1, warp=False, references=0, pure_noise=0.3, prediction="v_prediction", save_every=1000)
+            condition_dropout=0.1, warp=False, pure_noise=0.3, prediction="v_prediction", save_every=1000)
 PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, patch=4, vae_channels=(16, 16),
-                    latent_channels=4, channels=(16, 32), hidden=32, own_chunks=1, condition_dropout=0.2, warp=False, references=0,
+                    latent_channels=4, channels=(16, 32), hidden=32, own_chunks=1, condition_dropout=0.2, warp=False,
                     prediction="v_prediction", sampling_steps=2, vae_steps=20, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
     "base": Config(preset="base", image_size=128, **EVAC | dict(vae_channels=(64, 128, 256, 256), frames_per_chunk=2),
                    channels=(128, 256, 256), hidden=512, sampling_steps=8, vae_steps=10000, steps=30000, lr=2e-4),
@@ -166,26 +164,52 @@ def action_map(points, fingers, size):
     return torch.cat([dots, dots[:, :, :1] * ((fingers[..., :1] - fingers[..., 1:]) / 0.08)[..., None, None]], 2)
 
 
+class StackedUNet(nn.Module):
+    """A 2-D U-Net with the frames of memory and chunk as channels of one picture; the actions join its time embedding.
+    80 channels are an action map, 5 dots at 4 x 4 points per latent cell; 24 say how to copy one known frame, see `WorldSim.copy`."""
+
+    def __init__(self, cfg: Config, size):
+        super().__init__()
+        from diffusers import UNet2DModel
+        C, chunk, levels = cfg.latent_channels, cfg.frames_per_chunk, len(cfg.channels)
+        outputs = torch.zeros(chunk, C + 24 * (cfg.memory + 1) * cfg.warp)
+        self.unet = UNet2DModel(in_channels=(chunk + cfg.memory) * C + 80 * (chunk + 1) + 16, out_channels=outputs.numel(),
+                                block_out_channels=cfg.channels, layers_per_block=1, norm_num_groups=8,
+                                down_block_types=("DownBlock2D",) * levels, up_block_types=("UpBlock2D",) * levels,
+                                class_embed_type="identity", resnet_time_scale_shift="scale_shift")
+        self.embed = nn.Sequential(nn.Linear(8 + 15 * cfg.chunk_size, cfg.hidden), nn.SiLU(), nn.Linear(cfg.hidden, 4 * cfg.channels[0]))
+        self.position = nn.Parameter(torch.randn(16, size, size))  # a convolution does not know where it is
+        if cfg.warp:  # begin with the last memory frame as it is: its mask is the largest
+            outputs[:, -32:-16] = 3
+            nn.init.zeros_(self.unet.conv_out.weight)
+            self.unet.conv_out.bias.data.copy_(outputs.flatten())
+
+    def forward(self, noisy, timestep, known, maps, steps, proprio):
+        """(B, F, C, h, w), (B,), known (B, M + F, C, h, w), maps (B, M + F, 80, h, w), steps (B, K, 15), (B, 8) -> (B, F, C', h, w), C' = C
+        without `warp`, else C + 24 (M + 1)"""
+        chunk = noisy.shape[1]  # known repeats its last memory frame over the chunk, maps are black before it
+        x = [part.flatten(1, 2) for part in (noisy, known[:, :-chunk], maps[:, -chunk - 1:])]
+        x = torch.cat([*x, self.position.expand(len(noisy), -1, -1, -1)], 1)
+        return self.unet(x, timestep, class_labels=self.embed(torch.cat([proprio, steps.flatten(1)], 1))).sample.unflatten(1, (chunk, -1))
+
+
 class WorldSim(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         from diffusers import DDIMScheduler
         data.require(not cfg.warp or (cfg.prediction == "sample" and cfg.residual and not cfg.video_unet), "--warp gives the change of a "
                      "frame: it takes --prediction sample, --residual and --no-video-unet; or pass --no-warp")
-        data.require(cfg.warp or not cfg.references, f"got --references {cfg.references} --no-warp, expected 0: --warp copies from them")
         self.cfg, gap = cfg, cfg.chunk_size // cfg.frames_per_chunk
         self.size = cfg.image_size // cfg.patch // 2 ** max(0, len(cfg.vae_channels) - 1)
         self.frames_at = slice(gap - 1, None, gap)  # the actions after which frames are predicted
         self.vae = data.beside("vae")(cfg, 3 * cfg.patch ** 2, self.size)
-        self.denoiser = data.beside("video_unet" if cfg.video_unet else "stacked_unet")(cfg, self.size)
+        self.denoiser = data.beside("video_unet")(cfg) if cfg.video_unet else StackedUNet(cfg, self.size)
         self.dynamics = Dynamics(cfg.chunk_size, cfg.hidden)
         self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                                        prediction_type=cfg.prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing")
         # change: z_f - z_last; its weight in the loss: how much of the picture a channel moves
         for name in ("latent_mean", "latent_std", "change_std", "change_weight"):
             self.register_buffer(name, torch.full((cfg.latent_channels, 1, 1), float(name != "latent_mean")))
-        for name, shape in dict(references=(cfg.latent_channels, self.size, self.size), reference_proprio=(8,), reference_demo=()).items():
-            self.register_buffer(name, torch.zeros(cfg.references, *shape, dtype=torch.long if shape == () else torch.float))
 
     def fold(self, frames):
         """(B, 3, H, W), 0 to 255 -> [-1, 1] (B, 3 p p, H/p, W/p). Raises UserError on frames of another size."""
@@ -209,9 +233,9 @@ class WorldSim(nn.Module):
     def remember(self, frames, camera) -> Memory:  # start rollouts at frames uint8 (B, 3, H, W), seen by cameras (B, 3, 4)
         return Memory(self.encode(frames)[:, None], camera, camera.new_zeros(len(frames), 8), camera.new_tensor([REST] * len(frames)))
 
-    def condition(self, recalled, proprio, actions, path, camera, demo=None):
-        """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> what the denoiser takes, and how
-        far the gripper moves on the image until each frame, from the last and from the reference, (B, F, 1 or 2, 2)."""
+    def condition(self, recalled, proprio, actions, path, camera):
+        """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> what `StackedUNet.forward` takes, and
+        how far the gripper moves on the image until each frame (B, F, 2)."""
         cfg, shown = self.cfg, torch.cat([proprio[:, None], path[:, self.frames_at]], 1)
         seen = project(shown, camera)
         maps = rearrange(action_map(seen, shown[..., 6:], 4 * self.size), "b n c (h p) (w q) -> b n (c p q) h w", p=4, q=4)
@@ -220,40 +244,26 @@ class WorldSim(nn.Module):
         if self.training:
             keep = torch.rand(2, len(steps), 1, 1, device=steps.device) >= cfg.condition_dropout
             maps, steps = maps * keep[0][..., None, None], steps * keep[1]
-        chunk, moved = repeat(recalled[:, -1], "b c h w -> b f c h w", f=cfg.frames_per_chunk), [seen[:, 1:] - seen[:, :1]]
-        if cfg.references:
-            nearest = self.nearest(shown[:, 1:], demo)
-            chunk, moved = self.references[nearest], [*moved, seen[:, 1:] - project(self.reference_proprio[nearest], camera)]
-        known, proprio = torch.cat([recalled, chunk], 1), (proprio - self.dynamics.mean) / self.dynamics.std
-        return known, maps, steps, proprio, torch.stack(moved, 2)[..., 0]
-
-    def nearest(self, poses, demo=None):
-        """Which reference shows the gripper nearest to `poses` (B, F, 8) -> (B, F). 10 rad count as 1 m, as do 3 m of the fingers. In
-        training those of the sample's own demonstration (B,) are not for it."""
-        scale = poses.new_tensor([1] * 3 + [0.1] * 3 + [0.3] * 2)
-        distance = torch.cdist(poses * scale, (self.reference_proprio * scale)[None])                         # (B, F, references)
-        same = False if demo is None else (demo[:, None] == self.reference_demo)[:, None]
-        return (distance + 1e3 * same).argmin(-1)
+        known = torch.cat([recalled, repeat(recalled[:, -1], "b c h w -> b f c h w", f=cfg.frames_per_chunk)], 1)
+        return known, maps, steps, (proprio - self.dynamics.mean) / self.dynamics.std, (seen[:, 1:] - seen[:, :1])[..., 0]
 
     def denoise(self, noisy, timestep, *conditions):  # -> `prediction` for noisy (B, F, C, h, w) at timestep (B,)
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.cfg.bf16):
             output = self.denoiser(noisy, timestep, *conditions[:-1]).float()
-        return self.copy(output, *conditions[0].split([self.cfg.memory, noisy.shape[1]], 1), conditions[-1]) if self.cfg.warp else output
+        return self.copy(output, conditions[0][:, :self.cfg.memory], conditions[-1]) if self.cfg.warp else output
 
-    def copy(self, output, recalled, references, moved):
-        """Compose the chunk's frames of n: the memory (B, M, C, h, w), its last once more, moved with the gripper, and where there are
-        any the reference of each (B, F, C, h, w), moved to it; by `moved` (B, F, n - M, 2). `output` (B, F, C + 24 n, h, w) holds a
-        change, for each of the n a flow, 2 x 2 per cell, and a mask, 4 x 4 per cell -> (B, F, C, h, w). What two cores cannot learn to
-        draw stays sharp (as in CDNA, arXiv 1605.07157): the arm looks as it did in a demonstration."""
-        cfg, n, (B, chunk) = self.cfg, self.cfg.memory + moved.shape[2], output.shape[:2]
+    def copy(self, output, recalled, moved):
+        """Compose the chunk's frames of the n = M + 1 that are known: the memory (B, M, C, h, w), and its last once more, moved with the
+        gripper by (B, F, 2). `output` (B, F, C + 24 n, h, w) holds a change, for each of the n a flow, 2 x 2 per cell, and a mask, 4 x 4
+        per cell -> (B, F, C, h, w). What two cores cannot learn to draw stays sharp (as in CDNA, arXiv 1605.07157)."""
+        cfg, n, (B, chunk) = self.cfg, self.cfg.memory + 1, output.shape[:2]
         change, flow, mask = output.flatten(0, 1).split((cfg.latent_channels, 8 * n, 16 * n), 1)
         enlarge = lambda x, times: F.interpolate(F.pixel_shuffle(x, times), (cfg.image_size,) * 2, mode="bilinear")
         with torch.no_grad():
-            known = torch.cat([recalled, recalled[:, -1:]], 1).repeat_interleave(chunk, 0)
-            known = self.to_frames(torch.cat([known, references.flatten(0, 1)[:, None]], 1)[:, :n]).flatten(0, 1)
+            known = self.to_frames(torch.cat([recalled, recalled[:, -1:]], 1)).repeat_interleave(chunk, 0).flatten(0, 1)
         stay = F.affine_grid(torch.eye(2, 3, device=known.device)[None], known[:1].shape, align_corners=False)
         flow = rearrange(0.1 * enlarge(flow, 2), "b (n d) h w -> (b n) h w d", d=2)  # -1 to 1 is the image
-        moved = F.pad(moved.flatten(0, 1), (0, 0, cfg.memory, 0)).flatten(0, 1)[:, None, None]
+        moved = F.pad(moved.flatten(0, 1)[:, None], (0, 0, n - 1, 0)).flatten(0, 1)[:, None, None]
         bent = F.grid_sample(known, stay + flow - moved, padding_mode="border", align_corners=False).unflatten(0, (-1, n))
         mixed = self.to_latents((bent * enlarge(mask, 4).softmax(1)[:, :, None]).sum(1)).unflatten(0, (B, chunk))
         return change.unflatten(0, (B, chunk)) + (mixed - recalled[:, -1:]) / self.change_std
@@ -291,7 +301,7 @@ class WorldSim(nn.Module):
                 level = torch.rand(*recalled.shape[:2], 1, 1, 1, device=recalled.device) * 2 - 1  # half stay clean (EVAC)
                 recalled = recalled + level.clamp(min=0) * self.cfg.memory_noise * torch.randn_like(recalled)
             with torch.set_grad_enabled(batch is stages[-1] and torch.is_grad_enabled()):
-                conditions = self.condition(recalled, arm[0], arm[3], self.dynamics(*arm).detach(), batch["camera"], batch.get("demo"))
+                conditions = self.condition(recalled, arm[0], arm[3], self.dynamics(*arm).detach(), batch["camera"])
                 imagined += self.sample(recalled, conditions, 1).unbind(1) if batch is not stages[-1] else []
         changes = (batch["target"] - recalled[:, -1:] * self.cfg.residual) / self.change_std
         u, epsilon = torch.rand(2, len(changes), device=changes.device), torch.randn_like(changes)
@@ -359,9 +369,7 @@ def training_rows(episodes, cfg):
 def motion(chunks, length, device):
     """What the arm does in `length` steps from each of chunks [(episode, step)], for `Dynamics` and the conditions."""
     stack = lambda values: torch.from_numpy(np.stack(values).astype(np.float32)).to(device)
-    demo = [crc32(f"{e.task} {e.index}".encode()) if e.source == "expert" else -1 for e, _ in chunks]
-    return dict(demo=torch.tensor(demo, device=device), camera=stack([e.camera for e, _ in chunks]),
-                proprio=stack([e.proprio[t] for e, t in chunks]),
+    return dict(proprio=stack([e.proprio[t] for e, t in chunks]), camera=stack([e.camera for e, _ in chunks]),
                 velocity=stack([e.proprio[t] - e.proprio[max(t - 1, 0)] for e, t in chunks]),
                 previous=stack([e.actions[t - 1] if t else REST for e, t in chunks]),
                 actions=stack([e.actions[t:t + length] for e, t in chunks]),
@@ -396,12 +404,6 @@ def prepare(world_sim, frames, rows):
         before, after = ([f[at] for *_, f in rows[::max(1, len(rows) // 500)]] for at in (-1 - cfg.frames_per_chunk, -1))
         world_sim.change_std = spread(world_sim.encode(frames[after]) - world_sim.encode(frames[before]))[1]
         world_sim.change_weight = world_sim.change_std * world_sim.latent_std / (world_sim.change_std * world_sim.latent_std).mean()
-    if cfg.references:
-        expert = [row for row in rows if row[0].source == "expert"] or rows
-        picked = [expert[i] for i in np.linspace(0, len(expert) - 1, cfg.references).astype(int)]
-        at = motion([row[:2] for row in picked], cfg.chunk_size, frames.device)
-        world_sim.references = world_sim.encode(frames[[f[-1 - cfg.frames_per_chunk] for *_, f in picked]])
-        world_sim.reference_proprio, world_sim.reference_demo = at["proprio"], at["demo"]
     proprio = np.stack([e.proprio[t] for e, t, *_ in rows])
     moved = np.stack([e.proprio[t + cfg.chunk_size] for e, t, *_ in rows]) - proprio
     for name, value in dict(mean=proprio.mean(0), std=proprio.std(0) + 1e-3, scale=moved.std(0) + 1e-4).items():

@@ -7,7 +7,7 @@ from torch import nn
 class VideoUNet(nn.Module):
     """A text-to-video U-Net over the frames of memory and chunk; in place of a text it attends to proprio and the K actions."""
 
-    def __init__(self, cfg, size):
+    def __init__(self, cfg):
         super().__init__()
         levels = len(cfg.channels) - 1
         self.unet = UNet3DConditionModel(in_channels=2 * cfg.latent_channels + 81, out_channels=cfg.latent_channels,
@@ -19,7 +19,7 @@ class VideoUNet(nn.Module):
         self.order = nn.Parameter(torch.randn(cfg.chunk_size, cfg.hidden))
 
     def forward(self, noisy, timestep, known, maps, steps, proprio):
-        """As `StackedUNet.forward` of stacked_unet.py."""
+        """As `StackedUNet.forward` of world_sim.py."""
         memory = known.shape[1] - noisy.shape[1]
         mask = (torch.arange(known.shape[1], device=noisy.device) < memory).float()[:, None, None, None].expand_as(maps[:, :, :1])
         x = torch.cat([torch.cat([known[:, :memory], noisy], 1), known, mask, maps], 2)

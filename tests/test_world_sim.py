@@ -109,13 +109,12 @@ def test_same_generator_same_result_and_each_chunk_its_own_noise(world_sim, came
 # ---- copies from memory --------------------------------------------------------------------------------------------------
 
 WARP = dataclasses.replace(CFG, vae_channels=(), latent_channels=48, warp=True, prediction="sample", sampling_steps=1, pure_noise=1.0)  # 3 * 4 * 4 = 48: a VAE without loss
-SOURCES = CFG.memory + 2  # the memory, its last moved, and the reference
-REFER = dataclasses.replace(WARP, references=6)
+SOURCES = CFG.memory + 1
 
 
 def copying(source, flow=(0.0, 0.0), change=0.0):
     """A simulator that loses nothing in its VAE, and the U-Net's output that asks for one picture, bent by a flow, changed by so much."""
-    world_sim = script.WorldSim(REFER).eval()
+    world_sim = script.WorldSim(WARP).eval()
     world_sim.vae.basis.copy_(torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0)))[0])
     world_sim.latent_mean.fill_(0.3), world_sim.latent_std.fill_(2.0), world_sim.change_std.fill_(0.5)
     output = torch.zeros(2, F, 48 + 24 * SOURCES, 8, 8)
@@ -126,31 +125,27 @@ def copying(source, flow=(0.0, 0.0), change=0.0):
 
 
 def composed(world_sim, output, memory, moved=0.0):
-    """Memory frames (B, M, 3, H, W) uint8 -> what `copy` composes, as float frames (B, F, 3, H, W); references are `memory` upside down."""
-    recalled, moved = world_sim.encode(memory), torch.as_tensor(moved).expand(2, F, 2, 2)
-    references = world_sim.encode(memory[:, -1:].flip(-2)).expand(-1, F, -1, -1, -1)
-    return world_sim.to_frames(recalled[:, -1:] + world_sim.copy(output, recalled, references, moved) * world_sim.change_std)
+    """Memory frames (B, M, 3, H, W) uint8 -> what `copy` composes, as float frames (B, F, 3, H, W)."""
+    recalled, moved = world_sim.encode(memory), torch.as_tensor(moved).expand(2, F, 2)
+    return world_sim.to_frames(recalled[:, -1:] + world_sim.copy(output, recalled, moved) * world_sim.change_std)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("source", range(SOURCES))
-def test_a_mask_picks_one_of_the_memory_frames_the_last_moved_or_the_reference(source):
+def test_a_mask_picks_one_of_the_memory_frames_or_the_last_moved(source):
     memory = torch.stack([make_smooth_frames(2) // (m + 1) for m in range(CFG.memory)], 1)
     frames = composed(*copying(source), memory)
-    expected = memory[:, -1].flip(-2) if source == SOURCES - 1 else memory[:, min(source, CFG.memory - 1)]
-    torch.testing.assert_close(frames, expected[:, None].float().expand(-1, F, -1, -1, -1), atol=0.02, rtol=0)
+    torch.testing.assert_close(frames, memory[:, min(source, CFG.memory - 1)][:, None].float().expand(-1, F, -1, -1, -1), atol=0.02, rtol=0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dx, dy", [(4, 0), (0, -4), (-6, 2)])
-@pytest.mark.parametrize("how", ["with the gripper", "by its flow", "from a reference"])
+@pytest.mark.parametrize("how", ["with the gripper", "by its flow"])
 def test_a_copy_moves_as_far_as_it_is_told(dx, dy, how):
     """Right and down on the picture by (dx, dy) pixels: by the way of the gripper, or by a flow, which says where to look instead."""
     memory, shift = make_smooth_frames(2)[:, None].expand(-1, CFG.memory, -1, -1, -1), torch.tensor([dx, dy]) / 16
     if how == "with the gripper":
-        frames = composed(*copying(CFG.memory), memory, moved=torch.stack([shift, 0 * shift]))
-    elif how == "from a reference":
-        frames = composed(*copying(SOURCES - 1), memory.flip(-2), moved=torch.stack([0 * shift, shift]))
+        frames = composed(*copying(CFG.memory), memory, moved=shift)
     else:
         frames = composed(*copying(CFG.memory - 1, flow=(-10 * shift).tolist()), memory)
     expected = torch.roll(memory[:, -1].float(), (dy, dx), (-2, -1))
@@ -161,38 +156,8 @@ def test_a_copy_moves_as_far_as_it_is_told(dx, dy, how):
 def test_changes_are_added_to_what_is_copied():
     memory = make_smooth_frames(2)[:, None].expand(-1, CFG.memory, -1, -1, -1)
     world_sim, output = copying(CFG.memory - 1, change=0.4)
-    copied = world_sim.copy(output, known := world_sim.encode(memory), known[:, :F], torch.zeros(2, F, 2, 2))
+    copied = world_sim.copy(output, world_sim.encode(memory), torch.zeros(2, F, 2))
     torch.testing.assert_close(copied, torch.full_like(copied, 0.4), atol=1e-3, rtol=0)
-
-
-@torch.no_grad()
-def test_the_reference_is_the_demonstration_frame_with_the_nearest_gripper_but_none_of_the_demonstration_to_learn(camera):
-    world_sim, poses = script.WorldSim(REFER).eval(), make_obs(1)["proprio"].repeat(6, 1)
-    poses[:, 0] += torch.tensor([0.3, 0.02, 0.0, 0.0, -0.2, 0.1])
-    poses[3, 3] += 0.5  # turned by half a rad: as far as 5 cm
-    world_sim.reference_proprio, world_sim.reference_demo = poses, torch.tensor([7, 7, 8, 8, 9, 9])
-    ask = lambda pose, demo=None: world_sim.nearest(pose[None, None], demo if demo is None else torch.tensor([demo])).item()
-    assert [ask(pose) for pose in poses] == [0, 1, 2, 3, 4, 5] and ask(poses[2], 8) == 1 and ask(poses[2], 7) == 2 and ask(poses[0], 7) == 5
-    path = poses[1].expand(1, K, 8)  # the gripper ends where reference 1 has it: nothing moves from there, and 2 cm from the start
-    known, *_, moved = world_sim.condition(world_sim.encode(make_smooth_frames(CFG.memory))[None], poses[2:3], torch.zeros(1, K, 7), path, camera)
-    assert torch.equal(known[:, CFG.memory:], world_sim.references[1].expand(1, F, -1, -1, -1)) and moved.shape == (1, F, 2, 2)
-    assert moved[:, :, 1].abs().max() < 1e-6 < 1e-3 < moved[:, :, 0].norm(dim=-1).min()
-
-
-def test_references_are_frames_of_demonstrations_with_their_proprio():
-    episodes = [make_episode(T=30), make_episode(T=30, seed=1), dataclasses.replace(make_episode(T=30, seed=2), source="explore")]
-    episodes = [dataclasses.replace(e, index=i, proprio=e.proprio + np.float32(i)) for i, e in enumerate(episodes)]
-    rows, world_sim = script.training_rows(episodes, REFER), script.WorldSim(REFER)
-    frames = torch.from_numpy(np.concatenate([e.frames for e in episodes]))
-    script.prepare(world_sim, frames, rows)
-    demos, seen = {int(x) for x in world_sim.reference_demo}, world_sim.encode(frames[:len(episodes[0].frames) + len(episodes[1].frames)])
-    assert len(demos) == 2 and -1 not in demos
-    for latent, proprio, demo in zip(world_sim.references, world_sim.reference_proprio, world_sim.reference_demo):
-        at = (seen - latent).abs().amax((1, 2, 3)).argmin().item()
-        e = episodes[at // len(episodes[0].frames)]
-        torch.testing.assert_close(latent, seen[at])
-        assert np.array_equal(proprio, e.proprio[e.frame_steps[at % len(e.frames)]]) and script.motion([(e, 0)], K, "cpu")["demo"] == demo
-    assert script.motion([(episodes[2], 0)], K, "cpu")["demo"] == -1
 
 
 @pytest.mark.parametrize("other", [dict(prediction="v_prediction"), dict(residual=False), dict(video_unet=True)])
@@ -200,8 +165,6 @@ def test_copying_with_settings_that_it_cannot_serve_is_the_users_error(other):
     with pytest.raises(data.UserError, match="--no-warp"):
         script.WorldSim(dataclasses.replace(WARP, **other))
     script.WorldSim(dataclasses.replace(WARP, **other, warp=False))
-    with pytest.raises(data.UserError, match="--references 6 --no-warp"):
-        script.WorldSim(dataclasses.replace(REFER, warp=False))
 
 
 @torch.no_grad()
