@@ -490,6 +490,7 @@ def command_line(run, presets, description):
     try:
         require(name in presets, f"unknown preset {name!r}, expected one of {', '.join(presets)}")
         run(tyro.cli(type(presets[name]), default=presets[name], description=description))
+        torch.distributed.is_initialized() and torch.distributed.destroy_process_group()  # or gloo's threads may abort at exit
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -82,7 +82,7 @@ PRESETS = {
                     proprio_noise=0.02, steps=20, scale_steps=5, batch_size=16, save_every=10),
     "base": Config(preset="base", image_size=128, tower=(64, 128, 256), width=512, layers=8, heads=8, mlp=1376, init_std=0.044,
                    steps=10000, scale_steps=500, batch_size=128, lr=2.5e-4, lr_heads=2.5e-4, save_every=1000, compile=True,
-                   **OPENVLA | dict(tokens_per_action=1)),
+                   proprio_noise=0.015, **OPENVLA | dict(tokens_per_action=1)),
     "paper": Config(preset="paper", image_size=224, tower=(), dino=(1024, 24, 16), siglip=(1152, 27, 16, 4304), patch=14, width=4096,
                     layers=32, heads=32, mlp=11008, vocabulary=32064, lora_rank=32, min_log_scale=-10.0, steps=50000,
                     scale_steps=2000, lr=5e-4, lr_heads=5e-4, save_every=2000, **OPENVLA),
@@ -266,7 +266,8 @@ def load_policy(path, device="cpu") -> Policy:
     """A policy from `policy_sft.pt` or `policy_rl.pt`, in eval mode, in float32 but for LoRA's. Raises UserError."""
     checkpoint = data.load_checkpoint(path, "policy", device)
     cfg = data.from_config(Config, checkpoint["config"])  # PPO's ratios need float32, bfloat16 rounds otherwise in another batch
-    policy = Policy(replace(cfg, bf16=cfg.bf16 and cfg.lora_rank > 0), data.beside("load_tokenizer")(checkpoint["tokenizer"])).to(device)
+    cfg = replace(cfg, bf16=cfg.bf16 and cfg.lora_rank > 0, compile=False)
+    policy = Policy(cfg, data.beside("load_tokenizer")(checkpoint["tokenizer"])).to(device)
     policy.load_state_dict(checkpoint["model"])
     return policy.eval()
 

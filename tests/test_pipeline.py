@@ -47,6 +47,14 @@ def test_one_command_leaves_every_artifact(smoke_run):
     assert {"llama", "action_head", "scale_out"} <= changed and "tower" not in changed
 
 
+def test_the_reflector_starts_from_the_policys_tower(smoke_run):
+    """Twenty steps move its weights a little; random ones have nothing in common."""
+    theirs = data.load_checkpoint(smoke_run.run / "policy_sft.pt", "policy")["model"]
+    ours = data.load_checkpoint(smoke_run.run / "reflector.pt", "reflector")["model"]
+    names = [name for name in theirs if name.startswith("tower.resnet.") and theirs[name].ndim == 4]
+    assert len(names) > 4 and all(torch.cosine_similarity(theirs[n].flatten(), ours[n.replace("tower.resnet", "llava.vision_tower")].flatten(), 0) > 0.8 for n in names)
+
+
 def test_results_carry_their_protocol(smoke_run):
     result, gap = (json.loads((smoke_run.run / name).read_text()) for name in ("results.json", "report.json"))
     assert set(result["policies"]) == {"policy_sft", "policy_rl"} and set(gap) == {"world_sim", "reflector", "reflector_on_imagined", "agreement"}
