@@ -11,9 +11,9 @@ SFT: mean |a - loc| on normalised actions; then, everything else frozen, the sca
   mean[log_scale + |a - loc| / exp(log_scale)].
 Dims: B batch, K chunk_size, P patches of all cameras, C their channels, D model width, L prompt tokens, H W pixels.
 
-Differs from the paper: `tiny` trains from scratch, with a small ResNet instead of DINOv2 + SigLIP and one placeholder per action
-instead of seven; log_scale has a floor, below which a PPO ratio is noise; no JPEG round trip of the pictures. For Long proprio is
-given as waves too, and with an error that the actions make up for, because five demonstrations do not show the way back to them.
+Differs from the paper: `tiny` and `base` train from scratch, with a small ResNet instead of DINOv2 + SigLIP and one placeholder per
+action instead of seven; log_scale has a floor, below which a PPO ratio is noise; no JPEG round trip of the pictures. In `base`, and
+for Long, proprio has an error that the actions make up for, because five demonstrations do not show the way back to them.
 Reads: demonstrations (--demos), a published checkpoint (--pretrained).  Writes: runs/<run>/policy_sft.pt, policy.jsonl.
 
   python policy.py --tasks goal               # all ten tasks of LIBERO-Goal
