@@ -158,8 +158,7 @@ def write_libero_hdf5(path, episode: Episode, suite: str):
         data.attrs.update(format=FORMAT, macros_image_convention="opengl", num_demos=1, total=len(episode.actions), suite=suite,
                           task=episode.task, source=episode.source, versions=json.dumps(versions()),
                           problem_info=json.dumps({"language_instruction": episode.instruction}))
-        demo = data.create_group(f"demo_{episode.index}")
-        demo.attrs["num_samples"] = len(episode.actions)
+        (demo := data.create_group(f"demo_{episode.index}")).attrs["num_samples"] = len(episode.actions)
         views = dict(agentview_rgb=episode.frames, eye_in_hand_rgb=episode.wrist_frames)
         for key, frames in ((key, frames) for key, frames in views.items() if frames is not None):
             raw = np.moveaxis(frames, 1, -1)[:, ::-1, ::-1]
