@@ -58,7 +58,7 @@ class Config:
     clip_eps: float = 0.1  # of the PPO ratio
     minibatch: int = 16  # rollouts per optimizer step
     micro_batch: int = 8  # rollouts per backward pass, gradients accumulated
-    lr: float = 5e-5  # peak, language model and projectors; the paper: 1e-4 on LoRA
+    lr: float = 5e-5  # peak, language model and projectors; 0: only the heads learn; the paper: 1e-4 on LoRA
     lr_heads: float = 5e-5  # peak, action and scale head; the paper: 1e-5
     warmup: int = 10  # iterations in which the learning rate rises, because Adam's first steps are full ones; it ends at 0
     train_scale: bool = True  # the scale head too; RIPT-VLA freezes it
@@ -240,8 +240,8 @@ def train(cfg: Config):
     data.require(policy.cfg.cameras == 1, "this policy looks through two cameras, the simulator imagines one; train it with --cameras 1")
     samples = cfg.sft_weight and policy_script.dataset(data.load_episodes(
         cfg.demos, data.parse_tasks(cfg.tasks), policy.cfg.demos_per_task, image_size=policy.cfg.image_size), policy.cfg.chunk_size)
-    for module, learns in ((policy.tower, False), (policy.scale_trunk, cfg.train_scale), (policy.scale_out, cfg.train_scale)):
-        module.requires_grad_(learns)
+    for name in "tower", *("scale_trunk", "scale_out") * (not cfg.train_scale), *("projector", "proprio_projector", "llama") * (not cfg.lr):
+        getattr(policy, name).requires_grad_(False)
     policy.prompt_gradient, torch.backends.cudnn.allow_tf32 = policy.cfg.attention == "full", False  # its rounding depends on the batch
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=0.0)
     first, no_spread = data.restore(checkpoint, policy, optimizer), checkpoint["no_spread"] if checkpoint else 0
@@ -294,7 +294,7 @@ def main(cfg: Config):
                  f"--eval-episodes {cfg.eval_episodes}, expected at least 0, and at most 40: states 40 and 41 choose the policy")
     for name, choice in dict(env=("world_sim", "libero"), judge=("reward_head", "binary")).items():
         data.require(getattr(cfg, name) in choice, f"got --{name} {getattr(cfg, name)}, expected {' or '.join(choice)}")
-    for name, least in dict(warmup=1, horizon=0.01, noise_scale=0.01, sft_weight=0).items():
+    for name, least in dict(warmup=1, horizon=0.01, noise_scale=0.01, sft_weight=0, lr=0, lr_heads=0).items():
         data.require(getattr(cfg, name) >= least, f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected at least {least}")
     if data.processes().num_processes > 1:  # `accelerate launch`: LOOP alone, the other stages are scripts of their own
         return train(cfg)

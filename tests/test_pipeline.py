@@ -205,12 +205,13 @@ def test_the_learning_rate_rises_and_falls(in_smoke_run, monkeypatch):
     assert np.array(rates) == pytest.approx(np.outer([0.5, 0.75, 0.5, 0.25], [1e-3, 2e-3]))
 
 
-@pytest.mark.parametrize("train_scale", [True, False])
-def test_the_scale_head_may_stay_as_it_was(in_smoke_run, train_scale):
-    in_smoke_run(iterations=1, train_scale=train_scale)
+@pytest.mark.parametrize("train_scale, lr", [(True, 5e-5), (False, 5e-5), (True, 0.0), (False, 0.0)])
+def test_the_scale_head_and_all_but_the_heads_may_stay_as_they_were(in_smoke_run, train_scale, lr):
+    in_smoke_run(iterations=1, train_scale=train_scale, lr=lr)
     before, after = (data.load_checkpoint(f"runs/again/policy_{kind}.pt", "policy")["model"] for kind in ("sft", "rl"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert "action_head" in changed and ("scale_out" in changed) == train_scale
+    rest = {"projector", "proprio_projector", "llama"} if lr else set()
+    assert changed == {"action_head"} | rest | ({"scale_trunk", "scale_out"} if train_scale else set())
 
 
 @pytest.mark.parametrize("solved", ["turn_on_the_stove", None])
@@ -455,7 +456,7 @@ def test_another_judge_than_the_two_is_refused(refused):
     assert "got --judge maybe, expected reward_head or binary" in refused(ppo_loop, "--judge", "maybe")
 
 
-@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--noise-scale 0.0", "--sft-weight -1.0"])
+@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--noise-scale 0.0", "--sft-weight -1.0", "--lr -1.0", "--lr-heads -1.0"])
 def test_values_that_no_loop_can_run_with_are_refused(refused, flags, tmp_path):
     assert f"got {flags}, expected at least" in refused(ppo_loop, *flags.split()) and not list(tmp_path.iterdir())
 
