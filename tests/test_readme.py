@@ -74,22 +74,38 @@ def test_the_readme_has_commands():
     assert len([c for c in COMMANDS if c.startswith("python ")]) >= 8
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"python \w+\.py", c)])
-def test_every_command_parses(command):
-    """The script exists and knows every flag and value; what the commands do is run in test_pipeline.py at `smoke`."""
+def parse(command):  # -> the script's Config; SystemExit where it does not know a flag or value
     import tyro
     _, script, *arguments = shlex.split(command, comments=True)
     module = importlib.import_module(script.removesuffix(".py"))
-    cfg = tyro.cli(module.Config, default=module.PRESETS["tiny"], args=arguments)
+    return tyro.cli(module.Config, default=module.PRESETS["tiny"], args=arguments), arguments
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"python \w+\.py", c)])
+def test_every_command_parses(command):
+    """The script exists and knows every flag and value; what the commands do is run in test_pipeline.py at `smoke`."""
+    cfg, arguments = parse(command)
     for flag, value in zip(arguments, arguments[1:]):
         if flag.startswith("--") and not value.startswith("--"):
             assert str(getattr(cfg, flag[2:].replace("-", "_"))) == value
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_commands_and_links_in_the_text_are_good(page):
+    """Commands in backticks parse as well, and what a page links to exists."""
+    text = (ROOT / page).read_text()
+    commands = [" ".join(c.split()) for c in re.findall(r"`(python (?!data)\w+\.py [^`]+)`", text)]
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert commands and (links or page != "README.md")
+    for command in commands:
+        parse(command)
+    for link in links:
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
 def test_unknown_flags_fail():
-    import tyro
     with pytest.raises(SystemExit):
-        tyro.cli(importlib.import_module("policy").Config, args=["--no-such-flag", "1"])
+        parse("python policy.py --no-such-flag 1")
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -98,5 +114,5 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_nothing_names_a_machine():
-    for path in [ROOT / "README.md", ROOT / "requirements.txt", *ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+    for path in [ROOT / "README.md", ROOT / "docs/results.md", ROOT / "requirements.txt", *ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         assert not re.search(r"(?<![\w.])/(root|home)/", path.read_text().replace("(root|home)", "")), path
