@@ -20,7 +20,7 @@ without which a policy this small learns what pleases simulator and reflector, a
 Reads: everything the other scripts write.
 Writes: runs/<run>/policy_rl.pt, ppo_loop.jsonl, real_success.jsonl, results.json, report.json, videos/.
 
-  python ppo_loop.py --tasks goal:1,7,8
+  python ppo_loop.py --tasks goal
 """
 import json
 import time
@@ -55,6 +55,7 @@ class Config:
     keyframe_starts: bool = False  # start rollouts from random frames of the episodes before success, not only from the first
     horizon: float = 0.8  # longest rollout, as a fraction of the suite's step limit
     noise_scale: float = 2.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
+    min_log_scale: float = -3.0  # floor of the Laplace log-scale, before that; RIPT-VLA: -2
     clip_eps: float = 0.1  # of the PPO ratio
     minibatch: int = 16  # rollouts per optimizer step
     micro_batch: int = 8  # rollouts per backward pass, gradients accumulated
@@ -231,6 +232,7 @@ def train(cfg: Config):
         return print(f"{path} is finished ({cfg.iterations} iterations); delete it to train again")
     policy, starts = policy_script.load_policy(run / "policy_sft.pt", device), data.parse_tasks(cfg.tasks)
     demos, policy.noise_scale = data.load_checkpoint(run / "policy_sft.pt", "policy_sft")["demos"], cfg.noise_scale
+    policy.cfg = replace(policy.cfg, min_log_scale=cfg.min_log_scale)
     if cfg.env == "world_sim":
         world_sim = world_sim_script.load_world_sim(run / "world_sim.pt", device)
         reflector = reflector_script.load_reflector(run / "reflector.pt", device)
@@ -322,14 +324,13 @@ def main(cfg: Config):
     since, eval_cfg = time.time(), preset(evaluate, episodes=cfg.eval_episodes)
     result = evaluate.compare(run / "policy_sft.pt", run / "policy_rl.pt", eval_cfg)
     seconds["evaluate"] = round(time.time() - since)
-    if (run / "results.json").exists():  # stages that were finished before took their time then
-        earlier = json.loads((run / "results.json").read_text())["seconds"]
-        seconds = {name: max(spent, earlier.get(name, 0)) for name, spent in seconds.items()}
-    data.beside("save_json")(run / "results.json", result | dict(seconds=seconds | dict(total=sum(seconds.values()))))
+    earlier = json.loads(path.read_text())["seconds"] if (path := run / "results.json").exists() else {}
+    seconds = {name: max(spent, earlier.get(name, 0)) for name, spent in seconds.items()}  # what was finished took its time then
+    data.beside("save_json")(path, result | dict(seconds=seconds | dict(total=sum(seconds.values()))))
     if "explore" in stages:
         evaluate.report(eval_cfg)
     data.beside("print_table")(result)
-    print(f"{sum(seconds.values()) / 60:.0f} min on {result['hardware']}; details: {run / 'results.json'}, videos: {run / 'videos'}")
+    print(f"{sum(seconds.values()) / 60:.0f} min on {result['hardware']}; details: {path}, videos: {run / 'videos'}")
 
 
 if __name__ == "__main__":

@@ -214,6 +214,16 @@ def test_the_scale_head_and_all_but_the_heads_may_stay_as_they_were(in_smoke_run
     assert changed == {"action_head"} | rest | ({"scale_trunk", "scale_out"} if train_scale else set())
 
 
+@pytest.mark.parametrize("floor", [-3.0, -1.0])
+def test_the_scale_has_the_floor_of_the_loop_in_rollouts_and_update(in_smoke_run, monkeypatch, floor):
+    update, density = ppo_loop.update, []
+    monkeypatch.setattr(ppo_loop, "update", lambda policy, optimizer, rollouts, *args: density.append(rollouts.old_log_prob.max())
+                        or update(policy, optimizer, rollouts, *args))  # raises where the first ratio is not 1
+    in_smoke_run(iterations=1, min_log_scale=floor, noise_scale=1.0)
+    highest = -7 * (floor + np.log(2))  # a Laplace density is 1 / (2 scale) at most, seven are multiplied
+    assert highest - 7 < density[0] <= highest
+
+
 @pytest.mark.parametrize("solved", ["turn_on_the_stove", None])
 def test_rollouts_start_in_tasks_that_exploration_solved_where_there_are_any(in_smoke_run, monkeypatch, solved):
     training_episodes, start_observation, started = data.training_episodes, ppo_loop.start_observation, set()
