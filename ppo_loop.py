@@ -129,8 +129,7 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
     K, N, device = policy.cfg.chunk_size, cfg.rollouts, start_obs["proprio"].device
     frames, proprio, camera = (repeat(start_obs[key], "g ... -> (g n) ...", n=N) for key in ("frames", "proprio", "camera"))
     instruction = [text for text in start_obs["instruction"] for _ in range(N)]
-    R, C = len(proprio), -(-start_obs["horizon"] // K)
-    empty = proprio.new_zeros
+    R, C, empty = len(proprio), -(-start_obs["horizon"] // K), proprio.new_zeros
     out = Rollouts(frames=frames.new_zeros(R, C, *frames.shape[1:]), proprio=empty(R, C, 8), instruction=instruction,
                    action_chunk=empty(R, C, K, 7), old_log_prob=empty(R, C, K), mask=empty(R, C, K), reward=empty(R),
                    finish_step=torch.full((R,), C * K - 1, device=device), stopped=torch.zeros(R, dtype=torch.bool, device=device))
