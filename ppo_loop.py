@@ -55,7 +55,7 @@ class Config:
     keyframe_starts: bool = False  # start rollouts from random frames of the episodes before success, not only from the first
     horizon: float = 0.8  # longest rollout, as a fraction of the suite's step limit
     noise_scale: float = 2.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
-    min_log_scale: float = -3.0  # floor of the Laplace log-scale, before that; RIPT-VLA: -2
+    min_log_scale: float = -3.0  # floor of the log-scale, before that, whatever SFT's was; RIPT-VLA: -2
     clip_eps: float = 0.1  # of the PPO ratio
     minibatch: int = 16  # rollouts per optimizer step
     micro_batch: int = 8  # rollouts per backward pass, gradients accumulated
