@@ -6,8 +6,10 @@
   0.5, here it is chosen on held-out episodes)
 Labels are not latched: when a bowl falls off its plate, success is lost. Of each task's samples half are positive, so that its
 instruction does not tell the answer, a quarter are near misses, up to 32 steps before success: a stop too early ends a rollout
-before what decides it, and LOOP never learns that. The other negatives are the rest of its episodes, and successful frames under
-another task's instruction.
+before what decides it, and LOOP never learns that. The other negatives are the rest of its episodes. Where every task has a scene of
+its own, none of that makes the instruction worth reading, so there is a contrast beside the BCE: the logit of a successful frame must
+be higher with its own instruction than with those of other tasks (InfoNCE, arXiv 1807.03748). Not of an imagined one: it has the real
+outcome for a label, and need not show it.
 Dims: B batch, T frames so far, P tokens per frame, D width, H W pixels.
 
 Differs from the paper: `tiny` trains a small LLaVA from scratch instead of a head on a frozen one, its vision tower a ResNet that
@@ -50,9 +52,10 @@ class Config:
     heads: int = 4  # of attention
     min_steps: int = 0  # scored frames before a rollout may stop
     patience: int = 2  # consecutive scores above the threshold needed to stop
-    wrong_instruction: float = 0.15  # share of samples shown with another task's instruction, label 0
+    wrong_instructions: int = 3  # other tasks' instructions that a frame is read with too
+    contrast: float = 1.0  # weight of the loss that wants a real, successful frame's own instruction on top of those
     jitter: float = 0.2  # brightness and contrast augmentation
-    steps: int = 1500  # gradient steps
+    steps: int = 2250  # gradient steps
     batch_size: int = 32  # B
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay
     save_every: int = 100  # steps between checkpoints, what a kill can cost
@@ -106,11 +109,13 @@ class Reflector(nn.Module):
         """uint8 frames so far (B, T, 3, H, W), instruction list of B str -> logit (B,)."""
         return self.read(self.see(frames[:, pick(frames.shape[1], self.cfg.frames)]), instruction)
 
-    def loss(self, frames, instruction, label):
-        """BCE of the success label (B,)."""
-        logit = self(self.augment(frames, self.cfg) if self.training else frames, instruction)
-        loss = F.binary_cross_entropy_with_logits(logit, label)
-        return loss, dict(bce=loss.detach(), accuracy=((logit > 0) == (label > 0.5)).float().mean())
+    def loss(self, frames, instructions, label, real):
+        """BCE of the success label (B,) of frames (B, T, 3, H, W), read with the first of n `instructions`, B lists of str, and, where
+        `label` and `real` (B,) are 1, the cross-entropy of that one among the n."""
+        tokens, n = self.see(self.augment(frames, self.cfg) if self.training else frames), len(instructions[0])
+        logits = self.read(tokens.repeat_interleave(n, 0), sum(instructions, [])).unflatten(0, (-1, n))
+        bce, contrast = F.binary_cross_entropy_with_logits(logits[:, 0], label), -(real * label * logits.log_softmax(1)[:, 0]).mean()
+        return bce + self.cfg.contrast * contrast, dict(bce=bce.detach(), contrast=contrast.detach())
 
     @torch.no_grad()
     def score(self, episode):
@@ -175,20 +180,18 @@ def load_reflector(path, device="cpu") -> Reflector:
 
 # ---- training ------------------------------------------------------------------------------------------------------------
 
-def make_batch(episodes, tasks, instructions, cfg, rng):
-    """-> frames (B, T, 3, H, W) uint8, instruction, label (B,): half positives and a quarter near misses where there are any, some with
-    another instruction. `tasks`: for each task positives, near misses and negatives, lists of (episode, frame)."""
+def make_batch(tasks, instructions, cfg, rng):
+    """-> what `Reflector.loss` takes: half positives and a quarter near misses where there are any, all with the instructions of some
+    other tasks after their own. `tasks`: for each task positives, near misses and negatives, lists of (episode, frame)."""
     samples = []
     for b in range(cfg.batch_size):
         positives, near, negatives = tasks[rng.integers(len(tasks))]  # half of each task: its instruction must not tell the answer
         rows = positives if positives and (b % 2 or not negatives) else near if near and b % 4 else negatives
-        i, f = rows[rng.integers(len(rows))]
-        label, text = float(rows is positives), episodes[i].instruction
-        if len(instructions) > 1 and rng.random() < cfg.wrong_instruction:
-            label, text = 0.0, rng.choice([other for other in instructions if other != text])
-        samples.append((episodes[i].frames[pick(f + 1, cfg.frames)], str(text), label))
-    frames, texts, labels = zip(*samples)
-    return torch.from_numpy(np.stack(frames)), list(texts), torch.tensor(labels)
+        e, f = rows[rng.integers(len(rows))]
+        others = rng.permutation([text for text in instructions if text != e.instruction])[:cfg.wrong_instructions]
+        samples.append((e.frames[pick(f + 1, cfg.frames)], [e.instruction, *others], rows is positives, e.source != "imagined"))
+    frames, texts, *numbers = zip(*samples)
+    return torch.from_numpy(np.stack(frames)), list(texts), *torch.tensor(numbers).float()
 
 
 def train(cfg: Config):
@@ -203,9 +206,9 @@ def train(cfg: Config):
     judged = [e for e in held_out if e.source == "imagined"] or held_out or episodes  # to choose the threshold on, as LOOP will use it
     instructions, tasks = sorted({e.instruction for e in episodes}), []
     for text in instructions:  # `ahead`: is the task done at this frame, and in the 32 steps after it?
-        rows = [(i, f, e.success[s:s + 33]) for i, e in enumerate(episodes) if e.instruction == text for f, s in enumerate(e.frame_steps)]
+        rows = [(e, f, e.success[s:s + 33]) for e in episodes if e.instruction == text for f, s in enumerate(e.frame_steps)]
         wanted = lambda ahead: ahead[0], lambda ahead: ahead.any() and not ahead[0], lambda ahead: not ahead[0]
-        tasks.append([[(i, f) for i, f, ahead in rows if kind(ahead)] for kind in wanted])
+        tasks.append([[(e, f) for e, f, ahead in rows if kind(ahead)] for kind in wanted])
     tokenizer = checkpoint["tokenizer"] if checkpoint else data.beside("train_tokenizer")()
     reflector = Reflector(cfg, data.beside("load_tokenizer")(tokenizer)).to(device)
     if cfg.tower_from and not checkpoint:
@@ -216,9 +219,9 @@ def train(cfg: Config):
 
     def loss_of(phase, step):
         reflector.train()
-        frames, texts, label = make_batch(episodes, tasks, instructions, cfg, np.random.default_rng((cfg.seed, step)))
-        share = slice(processes.process_index, None, processes.num_processes)
-        return reflector.loss(frames[share].to(device), texts[share], label[share].to(device))
+        batch, rank = make_batch(tasks, instructions, cfg, np.random.default_rng((cfg.seed, step))), processes.process_index
+        frames, texts, label, real = (part[rank::processes.num_processes] for part in batch)
+        return reflector.loss(frames.to(device), texts, label.to(device), real.to(device))
 
     def choose_where_training_did_not_look(step):
         if step == cfg.steps and cfg.judge == "reward_head":
