@@ -8,8 +8,7 @@ Labels are not latched: when a bowl falls off its plate, success is lost. Of eac
 instruction does not tell the answer, a quarter are near misses, up to 32 steps before success: a stop too early ends a rollout
 before what decides it, and LOOP never learns that. The other negatives are the rest of its episodes. Where every task has a scene of
 its own, none of that makes the instruction worth reading, so there is a contrast beside the BCE: the logit of a successful frame must
-be higher with its own instruction than with those of other tasks (InfoNCE, arXiv 1807.03748). Not of an imagined one: it has the real
-outcome for a label, and need not show it.
+be higher with its own instruction than with those of other tasks (InfoNCE, arXiv 1807.03748).
 Dims: B batch, T frames so far, P tokens per frame, D width, H W pixels.
 
 Differs from the paper: `tiny` trains a small LLaVA from scratch instead of a head on a frozen one, its vision tower a ResNet that
@@ -53,9 +52,9 @@ class Config:
     min_steps: int = 0  # scored frames before a rollout may stop
     patience: int = 2  # consecutive scores above the threshold needed to stop
     wrong_instructions: int = 3  # other tasks' instructions that a frame is read with too
-    contrast: float = 1.0  # weight of the loss that wants a real, successful frame's own instruction on top of those
+    contrast: float = 0.6  # weight of the loss that wants a successful frame's own instruction on top of those
     jitter: float = 0.2  # brightness and contrast augmentation
-    steps: int = 2250  # gradient steps
+    steps: int = 1500  # gradient steps
     batch_size: int = 32  # B
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay
     save_every: int = 100  # steps between checkpoints, what a kill can cost
@@ -109,12 +108,12 @@ class Reflector(nn.Module):
         """uint8 frames so far (B, T, 3, H, W), instruction list of B str -> logit (B,)."""
         return self.read(self.see(frames[:, pick(frames.shape[1], self.cfg.frames)]), instruction)
 
-    def loss(self, frames, instructions, label, real):
-        """BCE of the success label (B,) of frames (B, T, 3, H, W), read with the first of n `instructions`, B lists of str, and, where
-        `label` and `real` (B,) are 1, the cross-entropy of that one among the n."""
+    def loss(self, frames, instructions, label):
+        """BCE of the success label (B,) of frames (B, T, 3, H, W), read with the first of n `instructions`, B lists of str, and, where it
+        is 1, the cross-entropy of that one among the n."""
         tokens, n = self.see(self.augment(frames, self.cfg) if self.training else frames), len(instructions[0])
         logits = self.read(tokens.repeat_interleave(n, 0), sum(instructions, [])).unflatten(0, (-1, n))
-        bce, contrast = F.binary_cross_entropy_with_logits(logits[:, 0], label), -(real * label * logits.log_softmax(1)[:, 0]).mean()
+        bce, contrast = F.binary_cross_entropy_with_logits(logits[:, 0], label), -(label * logits.log_softmax(1)[:, 0]).mean()
         return bce + self.cfg.contrast * contrast, dict(bce=bce.detach(), contrast=contrast.detach())
 
     @torch.no_grad()
@@ -189,9 +188,9 @@ def make_batch(tasks, instructions, cfg, rng):
         rows = positives if positives and (b % 2 or not negatives) else near if near and b % 4 else negatives
         e, f = rows[rng.integers(len(rows))]
         others = rng.permutation([text for text in instructions if text != e.instruction])[:cfg.wrong_instructions]
-        samples.append((e.frames[pick(f + 1, cfg.frames)], [e.instruction, *others], rows is positives, e.source != "imagined"))
-    frames, texts, *numbers = zip(*samples)
-    return torch.from_numpy(np.stack(frames)), list(texts), *torch.tensor(numbers).float()
+        samples.append((e.frames[pick(f + 1, cfg.frames)], [e.instruction, *others], float(rows is positives)))
+    frames, texts, labels = zip(*samples)
+    return torch.from_numpy(np.stack(frames)), list(texts), torch.tensor(labels)
 
 
 def train(cfg: Config):
@@ -220,8 +219,8 @@ def train(cfg: Config):
     def loss_of(phase, step):
         reflector.train()
         batch, rank = make_batch(tasks, instructions, cfg, np.random.default_rng((cfg.seed, step))), processes.process_index
-        frames, texts, label, real = (part[rank::processes.num_processes] for part in batch)
-        return reflector.loss(frames.to(device), texts, label.to(device), real.to(device))
+        frames, texts, label = (part[rank::processes.num_processes] for part in batch)
+        return reflector.loss(frames.to(device), texts, label.to(device))
 
     def choose_where_training_did_not_look(step):
         if step == cfg.steps and cfg.judge == "reward_head":

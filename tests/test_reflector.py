@@ -135,7 +135,7 @@ def test_the_binary_judge_says_yes_or_no_where_the_other_is_more_or_less_sure(to
         binary.head[-1].bias.copy_(reflector.head[-1].bias)
         answer, sure = binary(frames, text).sigmoid(), reflector(frames, text).sigmoid()
     assert set(answer.tolist()) == {0.0, 1.0} and torch.equal(answer == 1, sure > 0.5)
-    loss, _ = binary.train().loss(frames[:8], [[one] for one in text[:8]], *torch.ones(2, 8))  # learns from how sure it is
+    loss, _ = binary.train().loss(frames[:8], [[one] for one in text[:8]], torch.ones(8))  # learns from how sure it is
     loss.backward()
     assert loss.isfinite() and binary.head[1].weight.grad.abs().max() > 1e-4
 
@@ -155,18 +155,17 @@ def test_frames_of_another_size_are_the_users_error(reflector):
 # ---- learning ------------------------------------------------------------------------------------------------------------
 
 def test_batches_are_half_positive_in_every_task_and_labelled_by_frame_and_instruction():
-    episodes = [make_episode(T=20, success_from=18), make_episode(T=20, seed=1, success_from=3, instruction=INSTRUCTIONS[1], source="imagined")]
+    episodes = [make_episode(T=20, success_from=18), make_episode(T=20, seed=1, success_from=3, instruction=INSTRUCTIONS[1])]
     rows = [(e, f, e.success[s]) for e in episodes for f, s in enumerate(e.frame_steps)]
     positives, negatives = [r[:2] for r in rows if r[2]], [r[:2] for r in rows if not r[2]]
     cfg = dataclasses.replace(CFG, batch_size=200, wrong_instructions=1)
     of = lambda rows, episode: [row for row in rows if row[0] is episode]
     batch = lambda cfg, near=[]: script.make_batch([(of(positives, e), of(near, e), of(negatives, e)) for e in episodes],
                                                    INSTRUCTIONS, cfg, np.random.default_rng(0))
-    frames, texts, label, real = batch(cfg)
+    frames, texts, label = batch(cfg)
     assert all(len(set(shown)) == len(shown) == 1 + cfg.wrong_instructions for shown in texts)  # its own and another
     assert {text for shown in texts for text in shown[1:]} == set(INSTRUCTIONS)
     texts = [shown[0] for shown in texts]
-    assert torch.equal(real == 1, torch.tensor([text == INSTRUCTIONS[0] for text in texts]))
     assert frames.shape == (200, CFG.frames, 3, 32, 32) and label.sum() == 100
     for text in INSTRUCTIONS[:2]:  # one task has a tenth of its frames positive, the other nine: the words alone must not tell
         assert 0.35 < label[[shown == text for shown in texts]].mean() < 0.65
@@ -174,7 +173,7 @@ def test_batches_are_half_positive_in_every_task_and_labelled_by_frame_and_instr
         episode = episodes[INSTRUCTIONS.index(text)]
         last = [f for f in range(len(episode.frames)) if np.array_equal(episode.frames[f], shown[-1])]
         assert y == episode.success[episode.frame_steps[last[0]]] and np.array_equal(shown[0], episode.frames[0])
-    frames, _, label, _ = batch(cfg, near=[(episodes[0], 2)])  # of that task, every other negative is the one near miss
+    frames, _, label = batch(cfg, near=[(episodes[0], 2)])  # of that task, every other negative is the one near miss
     missed = [np.array_equal(shown[-1], episodes[0].frames[2]) for shown in frames.numpy()]
     assert label.sum() == 100 and 25 <= sum(missed) <= 40 and not any(y and miss for y, miss in zip(label, missed))
 
@@ -203,7 +202,7 @@ def test_it_overfits_one_batch_where_only_frame_and_instruction_together_tell(re
     frames, texts, label = frames_of(2, 4)[[0, 0, 1, 1]], [[INSTRUCTIONS[i]] for i in (0, 1, 0, 1)], torch.tensor([0.0, 1.0, 1.0, 0.0])
     optimizer = torch.optim.Adam(reflector.parameters(), lr=3e-3)
     for _ in range(200):
-        loss, metrics = reflector.loss(frames, texts, label, torch.ones(4))
+        loss, metrics = reflector.loss(frames, texts, label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -220,7 +219,7 @@ def test_the_contrast_teaches_instructions_where_the_label_never_needs_them(refl
         reflector.cfg = dataclasses.replace(reflector.cfg, contrast=weight)
         optimizer = torch.optim.Adam(reflector.parameters(), lr=3e-3)
         for _ in range(100):
-            loss, metrics = reflector.loss(frames, texts, label, torch.ones(2))
+            loss, metrics = reflector.loss(frames, texts, label)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -229,8 +228,7 @@ def test_the_contrast_teaches_instructions_where_the_label_never_needs_them(refl
         ranks[weight] = (own - other).min()
         torch.testing.assert_close(metrics["contrast"], F.softplus(other - own).mean(), rtol=0.2, atol=1e-2)
     assert ranks[0.6] > 2 > 1 > ranks[0.0]
-    for label, real in [(0.0, 1.0), (1.0, 0.0)]:  # a failure is one with any instruction, an imagined success may not look like it
-        assert reflector.loss(frames, texts, torch.full((2,), label), torch.full((2,), real))[1]["contrast"] == 0
+    assert reflector.loss(frames, texts, torch.zeros(2))[1]["contrast"] == 0  # a failure is one with any instruction
 
 
 def test_a_checkpoint_gives_back_the_same_reflector(reflector, tokenizer, tmp_path):
