@@ -197,15 +197,20 @@ def test_augmentation_keeps_shape_and_treats_the_frames_of_a_sample_alike(reflec
     torch.testing.assert_close(augmented, augmented[:, :1].expand_as(augmented))
 
 
-def test_it_overfits_one_batch_where_only_frame_and_instruction_together_tell(reflector):
-    """Four samples of an exclusive or: neither the picture nor the words alone give the label."""
-    frames, texts, label = frames_of(2, 4)[[0, 0, 1, 1]], [[INSTRUCTIONS[i]] for i in (0, 1, 0, 1)], torch.tensor([0.0, 1.0, 1.0, 0.0])
+def learn(reflector, steps, *batch):  # -> the metrics of the last step
     optimizer = torch.optim.Adam(reflector.parameters(), lr=3e-3)
-    for _ in range(200):
-        loss, metrics = reflector.loss(frames, texts, label)
+    for _ in range(steps):
+        loss, metrics = reflector.loss(*batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    return metrics
+
+
+def test_it_overfits_one_batch_where_only_frame_and_instruction_together_tell(reflector):
+    """Four samples of an exclusive or: neither the picture nor the words alone give the label."""
+    frames, texts, label = frames_of(2, 4)[[0, 0, 1, 1]], [[INSTRUCTIONS[i]] for i in (0, 1, 0, 1)], torch.tensor([0.0, 1.0, 1.0, 0.0])
+    metrics = learn(reflector, 200, frames, texts, label)
     assert metrics["bce"] < 0.05 and metrics["contrast"] == 0  # there is nothing to contrast with
     assert torch.equal(reflector(frames, [shown[0] for shown in texts]) > 0, label > 0.5)
 
@@ -217,12 +222,7 @@ def test_the_contrast_teaches_instructions_where_the_label_never_needs_them(refl
     for weight in (0.0, 0.6):
         reflector.load_state_dict(start)
         reflector.cfg = dataclasses.replace(reflector.cfg, contrast=weight)
-        optimizer = torch.optim.Adam(reflector.parameters(), lr=3e-3)
-        for _ in range(100):
-            loss, metrics = reflector.loss(frames, texts, label)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        metrics = learn(reflector, 100, frames, texts, label)
         own, other = (reflector(frames, [shown[i] for shown in texts]) for i in (0, 1))
         assert (own > 1).all()
         ranks[weight] = (own - other).min()
