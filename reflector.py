@@ -143,8 +143,7 @@ def pick(so_far, size):
 def stops(p_success, threshold, min_steps=0, patience=1):
     """p_success (B, T) -> (B, T) bool: at t, `patience` scores in a row lie above the threshold, none of the first `min_steps`."""
     above = (p_success > threshold) & (torch.arange(p_success.shape[1], device=p_success.device) >= min_steps)
-    run = F.pad(above.float(), (patience - 1, 0)).unfold(1, patience, 1)
-    return run.min(-1).values > 0
+    return F.pad(above, (patience - 1, 0)).unfold(1, patience, 1).all(-1)
 
 
 def finish_step(p_success, threshold, min_steps=0, patience=1):
@@ -156,8 +155,7 @@ def finish_step(p_success, threshold, min_steps=0, patience=1):
 def choose_threshold(p_success, label, min_steps=0, patience=1) -> float:
     """Scores and truth of n episodes, (n, T) padded with 0, or (n,) -> the threshold of best F0.5, where an episode counts as found if
     the frame that stops it is a success: a stop too early ruins a rollout, a late one costs a few steps. 0.5 unless both labels occur."""
-    p, label = torch.as_tensor(np.asarray(p_success, np.float32)), torch.as_tensor(np.asarray(label, bool))
-    p, label = p.reshape(len(p), -1), label.reshape(len(p), -1)
+    p, label = (torch.as_tensor(np.asarray(x, kind)).reshape(len(x), -1) for x, kind in ((p_success, np.float32), (label, bool)))
     if label.any(1).all() or not label.any():
         return 0.5
     grid = np.linspace(0.05, 0.95, 181)
@@ -165,8 +163,7 @@ def choose_threshold(p_success, label, min_steps=0, patience=1) -> float:
     called = hits.any(-1)
     right = called & label.expand_as(hits).gather(-1, hits.float().argmax(-1, keepdim=True))[..., 0]
     f = 1.25 * right.sum(1) / (called.sum(1) + 0.25 * label.any(1).sum())
-    best = np.flatnonzero(f == f.max())
-    return float(grid[best[len(best) // 2]])
+    return float(np.median(grid[(f == f.max()).numpy()]))
 
 
 def load_reflector(path, device="cpu") -> Reflector:

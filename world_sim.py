@@ -63,6 +63,7 @@ class Config:
     sampling_steps: int = 1  # DDIM steps; EVAC: 27
     vae_steps: int = 0  # gradient steps of a convolutional VAE; the linear one is solved in closed form
     dynamics_steps: int = 4000  # then gradient steps of the proprio residual, milliseconds each
+    dynamics_chunks: int = 8  # up to so many chunks in a row that it learns from, each from where its own last one ended
     steps: int = 4500  # then gradient steps of the U-Net
     batch_size: int = 16  # B, chunks of all processes together; frames per VAE step
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay, for each of these phases
@@ -73,9 +74,9 @@ EVAC = dict(frames_per_chunk=8, patch=1, vae_channels=(128, 256, 512, 512), late
             condition_dropout=0.1, warp=False, pure_noise=0.3, prediction="v_prediction", save_every=1000)
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, patch=4, vae_channels=(16, 16),
-                    latent_channels=4, channels=(16, 32), hidden=32, own_chunks=1, condition_dropout=0.2, warp=False,
-                    prediction="v_prediction", sampling_steps=2, vae_steps=20, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
+    "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, patch=4, vae_channels=(16, 16), latent_channels=4,
+                    channels=(16, 32), hidden=32, own_chunks=1, condition_dropout=0.2, warp=False, prediction="v_prediction",
+                    sampling_steps=2, vae_steps=20, dynamics_steps=20, dynamics_chunks=2, steps=20, batch_size=8, save_every=10),
     "base": Config(preset="base", image_size=128, **EVAC | dict(vae_channels=(64, 128, 256, 256), frames_per_chunk=2),
                    channels=(128, 256, 256), hidden=512, sampling_steps=8, vae_steps=10000, steps=30000, lr=2e-4),
     "paper": Config(preset="paper", image_size=224, **EVAC | dict(pure_noise=0), pretrained="ali-vilab/text-to-video-ms-1.7b",
@@ -419,9 +420,10 @@ def train(cfg: Config):
     torch.manual_seed(cfg.seed)
     episodes, held_out = data.training_episodes(cfg, cfg.image_size, cfg.demos_per_task, cfg.kinds)
     frames, rows = torch.from_numpy(np.concatenate([e.frames for e in episodes])).to(device), training_rows(episodes, cfg)
-    moves, gap = [(e, t) for e in episodes for t in range(len(e.actions) - 2 * cfg.chunk_size + 1)], cfg.chunk_size // cfg.frames_per_chunk
+    longest, gap = cfg.dynamics_chunks * cfg.chunk_size, cfg.chunk_size // cfg.frames_per_chunk
+    moves = [(e, t) for e in episodes for t in range(len(e.actions) - longest + 1)]
     useless = {e.source for e in episodes} - ({e.source for e, *_ in rows} & {e.source for e, _ in moves})
-    data.require(not useless, f"no {' and no '.join(sorted(useless))} episode has {2 * cfg.chunk_size} actions and a frame every {gap} of "
+    data.require(not useless, f"no {' and no '.join(sorted(useless))} episode has {longest} actions and a frame every {gap} of "
                  f"them, as this simulator needs; record longer ones, or run: python evaluate.py --explore --frame-every {gap}")
     world_sim, latents, looks = WorldSim(cfg).to(device), [], (held_out or episodes)[::max(1, len(held_out or episodes) // 3)][:3]
     if cfg.pretrained and not checkpoint:
@@ -439,7 +441,8 @@ def train(cfg: Config):
         if step == cfg.vae_steps:
             prepare(world_sim, frames, rows)
         if phase == 1:
-            return world_sim.dynamics_loss(motion([moves[i] for i in rng.integers(len(moves), size=128)], 2 * cfg.chunk_size, device))
+            length = cfg.chunk_size * rng.integers(1, cfg.dynamics_chunks + 1)
+            return world_sim.dynamics_loss(motion([moves[i] for i in rng.integers(len(moves), size=128)], length, device))
         latents[:] = latents or [world_sim.encode(frames)]
         own = rng.integers(1 + np.ceil(cfg.own_chunks * (step - cfg.vae_steps - cfg.dynamics_steps) / cfg.steps))  # more and more
         return world_sim.loss(make_batch(rows, latents[0], cfg, rng, device, -(-cfg.batch_size // processes.num_processes), own))
