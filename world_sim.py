@@ -423,8 +423,8 @@ def train(cfg: Config):
     longest, gap = cfg.dynamics_chunks * cfg.chunk_size, cfg.chunk_size // cfg.frames_per_chunk
     moves = [(e, t) for e in episodes for t in range(len(e.actions) - longest + 1)]
     useless = {e.source for e in episodes} - ({e.source for e, *_ in rows} & {e.source for e, _ in moves})
-    data.require(not useless, f"no {' and no '.join(sorted(useless))} episode has {longest} actions and a frame every {gap} of "
-                 f"them, as this simulator needs; record longer ones, or run: python evaluate.py --explore --frame-every {gap}")
+    data.require(not useless, f"no {' and no '.join(sorted(useless))} episode has {longest} actions and a frame every {gap} of them, "
+                 f"as this simulator needs; record longer ones, lower --dynamics-chunks, or evaluate.py --explore --frame-every {gap}")
     world_sim, latents, looks = WorldSim(cfg).to(device), [], (held_out or episodes)[::max(1, len(held_out or episodes) // 3)][:3]
     if cfg.pretrained and not checkpoint:
         data.beside("load_text_to_video")(world_sim)
