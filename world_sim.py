@@ -417,6 +417,7 @@ def train(cfg: Config):
     checkpoint, finished = data.resume(path, "world_sim", cfg, device)
     if finished:
         return print(f"{path} is finished ({sum(phases)} steps); delete it to train again")
+    data.require(cfg.dynamics_chunks > 0, f"got --dynamics-chunks {cfg.dynamics_chunks}, expected at least 1")
     torch.manual_seed(cfg.seed)
     episodes, held_out = data.training_episodes(cfg, cfg.image_size, cfg.demos_per_task, cfg.kinds)
     frames, rows = torch.from_numpy(np.concatenate([e.frames for e in episodes])).to(device), training_rows(episodes, cfg)
@@ -456,8 +457,7 @@ def train(cfg: Config):
             data.beside("save_strip")(run / f"world_sim_{episode.task}_{episode.index}.png", episode, imagined, cfg.chunk_size)
         seen = world_sim.encode(torch.from_numpy(np.concatenate([e.frames for e in looks])).to(device))
         torch.manual_seed(0)
-        batch = make_batch(training_rows(looks, cfg), seen, cfg, np.random.default_rng(0), device, 64)
-        return dict(held_out=world_sim.loss(batch)[0])
+        return dict(held_out=world_sim.loss(make_batch(training_rows(looks, cfg), seen, cfg, np.random.default_rng(0), device, 64))[0])
 
     data.fit(cfg, "world_sim", world_sim, optimizer, checkpoint, phases, loss_of, look)
 

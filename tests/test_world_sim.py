@@ -383,6 +383,8 @@ def test_dynamics_learns_from_chunks_in_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(script.WorldSim, "dynamics_loss", lambda self, batch: steps.append(batch["path"].shape[1]) or loss(self, batch))
     script.train(dataclasses.replace(CFG, run="rows", vae_steps=1, dynamics_steps=40, dynamics_chunks=4, steps=1))
     assert set(steps) == {K, 2 * K, 3 * K, 4 * K}
+    with pytest.raises(data.UserError, match="got --dynamics-chunks 0, expected at least 1"):
+        script.train(dataclasses.replace(CFG, run="none", dynamics_chunks=0))
 
 
 @pytest.mark.parametrize("T, gap", [(K + 4, 4), (40, 8)], ids=["too short", "too few frames"])
