@@ -294,13 +294,14 @@ def dataset(episodes, chunk_size, device="cpu"):
 
 def share_of_loss(policy, loss, samples, batch):
     """`loss` (`policy.loss` or `policy.scale_loss`) on this process's share of rows `batch` of a `dataset` -> loss, metrics.
-    Shares are weighted by their steps, so that the mean over processes is the loss of the batch."""
-    processes, to = data.processes(), policy.action_bounds.device
-    rows, mask = batch[processes.process_index::processes.num_processes], samples["mask"]
-    obs = {key: value[rows].to(to) if torch.is_tensor(value) else [value[i] for i in rows] for key, value in samples.items()}
-    obs["proprio"], obs["actions"] = policy.disturb(obs["proprio"], obs["actions"], policy.cfg.proprio_noise * policy.training)
+    Shares are weighted by their steps, so that the mean over processes is the loss of the batch. The scale head learns from samples as
+    they are; the errors of the others are drawn for the whole batch, by every process alike, in LOOP as in SFT."""
+    mask, share = samples["mask"], slice((processes := data.processes()).process_index, None, processes.num_processes)
+    obs = {key: value[batch] if torch.is_tensor(value) else [value[i] for i in batch] for key, value in samples.items()}
+    obs["proprio"], obs["actions"] = policy.disturb(obs["proprio"], obs["actions"], policy.cfg.proprio_noise * (loss == policy.loss))
+    obs = {key: value[share].to(policy.action_bounds.device) if torch.is_tensor(value) else value[share] for key, value in obs.items()}
     value, metrics = loss(obs, policy.from_env(obs.pop("actions")), obs.pop("mask"))
-    return value * (mask[rows].sum() / mask[batch].sum() * processes.num_processes), metrics
+    return value * (mask[batch[share]].sum() / mask[batch].sum() * processes.num_processes), metrics
 
 
 def train(cfg: Config):
@@ -329,7 +330,7 @@ def train(cfg: Config):
 
     def loss_of(phase, step):  # phase 0: the policy, 1: its scale head, the frozen rest as it will act
         policy.train(phase == 0)
-        batch = torch.randint(len(samples["frames"]), (cfg.batch_size,))
+        batch = torch.randint(len(samples["mask"]), (cfg.batch_size,))
         return share_of_loss(policy, (policy.loss, policy.scale_loss)[phase], samples, batch)
 
     data.fit(cfg, "policy_sft", policy, optimizer, checkpoint, (cfg.steps, cfg.scale_steps), loss_of, tokenizer=tokenizer,
