@@ -128,7 +128,7 @@ def test_waves_tell_poses_apart_that_are_millimetres_from_each_other(tokenizer):
 
 @torch.no_grad()
 def test_the_actions_learn_from_disturbed_samples_and_their_scale_does_not(policy):
-    """In LOOP too, where the policy is in eval mode: without it, a policy that learned the way back would forget it there."""
+    """In LOOP too, where the policy is in eval mode."""
     samples = script.dataset([make_episode(T=40)], CFG.chunk_size)
     value = lambda loss: float(script.share_of_loss(policy, loss, samples, torch.arange(8))[0])
     assert not policy.training and CFG.proprio_noise > 0
