@@ -64,6 +64,7 @@ class Config:
     warmup: int = 10  # iterations in which the learning rate rises, because Adam's first steps are full ones; it ends at 0
     train_scale: bool = True  # the scale head too; RIPT-VLA freezes it
     grad_clip: float = 1.0  # norm
+    ppo_weight: float = 1.0  # of the PPO loss; 0: the demonstrations alone teach, the control that tells what imagination adds
     sft_weight: float = 1.0  # of the L1 on demonstrations beside the PPO loss: holds the policy where it is not rewarded; the paper: 0
     no_spread_limit: int = 4  # stop after this many iterations in which no group has a spread of rewards
     eval_every: int = 0  # iterations between looks at real LIBERO: the best policy is kept, and a fall ends training; 0: never
@@ -205,7 +206,7 @@ def update(policy, optimizer, rollouts, cfg: Config, samples=None):
                 raise RuntimeError(f"loss is {float(loss)}; lower --lr or look at the rollouts")
             if step == 0 and metrics["largest_log_ratio"] > 1e-2:  # the update must see the density that sampled, to float32 rounding
                 raise RuntimeError(f"the first ratio must be 1, not exp({float(metrics['largest_log_ratio']):.4f}): the density differs")
-            (loss * len(rows) * processes.num_processes / len(minibatch)).backward()
+            (cfg.ppo_weight * loss * len(rows) * processes.num_processes / len(minibatch)).backward()
             history.append(metrics)
         if samples:
             rows = torch.randint(len(samples["mask"]), (2 * cfg.minibatch,))
@@ -253,11 +254,10 @@ def train(cfg: Config):
     for iteration in (bar := trange(first, cfg.iterations, initial=first, total=cfg.iterations, desc="ppo_loop", mininterval=2,
                                    disable=rank > 0)):
         torch.manual_seed((cfg.seed * 1_000_003 + iteration) * 64 + rank)  # randomness depends on these alone: resuming is exact
-        rng, share = np.random.default_rng((cfg.seed, iteration)), cfg.starts // ranks
+        rng, share, began = np.random.default_rng((cfg.seed, iteration)), cfg.starts // ranks, time.time()
         picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, replace=cfg.starts > len(starts))][rank * share:][:share]
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1, (iteration + 1) / cfg.warmup) * (1 - iteration / cfg.iterations)
-        began = time.time()
         if cfg.env == "world_sim":
             rollouts = data.beside("gather")(imagine(policy, world_sim, reflector, start_observation(picked, cfg, rng, device), cfg))
         else:
@@ -295,7 +295,7 @@ def main(cfg: Config):
                  f"--eval-episodes {cfg.eval_episodes}, expected at least 0, and at most 40: states 40 and 41 choose the policy")
     for name, choice in dict(env=("world_sim", "libero"), judge=("reward_head", "binary")).items():
         data.require(getattr(cfg, name) in choice, f"got --{name} {getattr(cfg, name)}, expected {' or '.join(choice)}")
-    for name, least in dict(warmup=1, horizon=0.01, noise_scale=0.01, sft_weight=0, lr=0, lr_heads=0).items():
+    for name, least in dict(warmup=1, horizon=0.01, noise_scale=0.01, ppo_weight=0, sft_weight=0, lr=0, lr_heads=0).items():
         data.require(getattr(cfg, name) >= least, f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected at least {least}")
     if data.processes().num_processes > 1:  # `accelerate launch`: LOOP alone, the other stages are scripts of their own
         return train(cfg)

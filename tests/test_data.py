@@ -206,7 +206,7 @@ def test_the_instruction_in_a_file_name_is_the_tasks(tmp_path):
         assert (episode.task, episode.instruction) == (task.name, task.instruction)
 
 
-def test_an_even_choice_of_demonstrations_is_loaded(tmp_path):
+def test_an_even_choice_of_demonstrations_is_loaded(tmp_path, capsys):
     assert data.spread(50, 5) == [0, 12, 24, 36, 49] and data.spread(3, 5) == [0, 1, 2] and data.spread(5, 1) == [0]
     tasks = data.parse_tasks("goal:1,7")
     for task in tasks:
@@ -217,6 +217,8 @@ def test_an_even_choice_of_demonstrations_is_loaded(tmp_path):
     assert all(np.array_equal(e.camera, tasks[0].camera) for e in episodes)
     both = data.load_episodes(tmp_path, tasks, 3, ("expert", "explore"))
     assert sorted(e.source for e in both) == ["expert"] * 6 + ["explore"]
+    assert capsys.readouterr().out == "demonstrations: libero_goal:1 0,3,6; libero_goal:7 0,3,6\n" * 2
+    assert len(data.load_episodes(tmp_path, tasks, kinds=("explore",))) == 1 and not capsys.readouterr().out
 
 
 def test_every_fifth_exploration_episode_is_held_out():

@@ -466,7 +466,7 @@ def test_another_judge_than_the_two_is_refused(refused):
     assert "got --judge maybe, expected reward_head or binary" in refused(ppo_loop, "--judge", "maybe")
 
 
-@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--noise-scale 0.0", "--sft-weight -1.0", "--lr -1.0", "--lr-heads -1.0"])
+@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--noise-scale 0.0", "--ppo-weight -1.0", "--sft-weight -1.0", "--lr -1.0", "--lr-heads -1.0"])
 def test_values_that_no_loop_can_run_with_are_refused(refused, flags, tmp_path):
     assert f"got {flags}, expected at least" in refused(ppo_loop, *flags.split()) and not list(tmp_path.iterdir())
 

@@ -144,13 +144,13 @@ def test_the_update_sees_the_density_that_sampled(rollouts, models):
 
 # ---- update --------------------------------------------------------------------------------------------------------------
 
-def updated(models, rollouts, tokenizer, optimizer=torch.optim.AdamW, noise_scale=1.0, **settings):
+def updated(models, rollouts, tokenizer, optimizer=torch.optim.AdamW, noise_scale=1.0, samples=None, **settings):
     """Parameters of a copy of the policy before and after one update, and the metrics."""
     policy = policy_script.Policy(models[0].cfg, tokenizer).eval()
     policy.load_state_dict(models[0].state_dict())
     policy.noise_scale = noise_scale
     torch.manual_seed(5)
-    metrics = script.update(policy, optimizer(policy.parameters(), lr=1e-3, weight_decay=0.0), rollouts, dataclasses.replace(CFG, **settings))
+    metrics = script.update(policy, optimizer(policy.parameters(), lr=1e-3, weight_decay=0.0), rollouts, dataclasses.replace(CFG, **settings), samples)
     return {name: p.detach() - models[0].get_parameter(name) for name, p in policy.named_parameters()}, metrics
 
 
@@ -201,6 +201,21 @@ def test_demonstrations_beside_the_rollouts_are_learned_too(rollouts, models, to
         optimizer = torch.optim.SGD(policy.parameters(), lr=1e-9 if weight == 1 else 0.1)
         norms.append(float(script.update(policy, optimizer, equal, dataclasses.replace(CFG, sft_weight=weight), samples)["grad_norm"]))
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-3) and norms[0] > 1e-3 and error() < errors[0] - 1e-3
+
+
+def test_the_control_learns_from_the_demonstrations_what_equal_rewards_leave(rollouts, models, tokenizer):
+    """`--ppo-weight 0` is the update with all rewards equal, whatever they are, and half the weight half of PPO's step."""
+    samples = make_obs(3) | dict(actions=torch.rand(3, K, 7) * 2 - 1, mask=torch.ones(3, K))
+    unequal = dataclasses.replace(rollouts[0], reward=torch.tensor([1.0, 0.0] * 4))
+    equal = dataclasses.replace(rollouts[0], reward=torch.full((R,), 0.5))
+    change = lambda rollouts, weight, samples: updated(models, rollouts, tokenizer, torch.optim.SGD, samples=samples, grad_clip=1e9, ppo_weight=weight)[0]
+    control, demonstrations, both = change(unequal, 0.0, samples), change(equal, 1.0, samples), change(unequal, 1.0, samples)
+    for name, delta in control.items():
+        torch.testing.assert_close(delta, demonstrations[name], atol=1e-8, rtol=1e-4)
+    assert max((both[name] - delta).abs().max() for name, delta in control.items()) > 1e-5
+    half, whole = (change(unequal, weight, None) for weight in (0.5, 1.0))
+    for name, delta in whole.items():
+        torch.testing.assert_close(2 * half[name], delta, atol=1e-6, rtol=1e-2)
 
 
 def test_a_policy_with_suffix_attention_learns_in_its_suffix_only(models, tokenizer):
