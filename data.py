@@ -265,8 +265,7 @@ def load_episodes(demos, tasks, demos_per_task=5, kinds=("expert",), image_size=
             ids = [ids[k] for k in spread(len(ids), demos_per_task)]
             chosen.append(f"{task.suite}:{task.index} {','.join(map(str, ids))}")
         episodes += [dataclasses.replace(e, camera=task.camera) for i in ids for e in read_libero_hdf5(paths[i], [i], wrist)]
-    if chosen:
-        print("demonstrations:", "; ".join(chosen))
+    chosen and print("demonstrations:", "; ".join(chosen))
     for kind in set(kinds) & set(MISSING):
         require(kind in {e.source for e in episodes}, f"no {kind} episodes {below}; {MISSING[kind]}")
     return episodes
