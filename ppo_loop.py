@@ -4,7 +4,7 @@ For each of G start states, N rollouts:  a_t ~ policy;  o_{t+1} ~ world_sim(o_t,
   a rollout ends where the reflector is sure (p_t > threshold, twice in a row), or at the horizon; its one reward is R_n = p there
   A_n = R_n - 1/(N-1) * sum_{m != n} R_m                           leave-one-out (RLOO), no division by the standard deviation
   r_t = p_new(a_t | o_t) / p_old(a_t | o_t)                        one ratio per control step, 7 Laplace dimensions multiplied
-  L = - mean_n mean_{t <= t_end,n} min(r_t A_n, clip(r_t, 1 - eps, 1 + eps) A_n)         eps = 0.1, one epoch
+  L = - ppo_weight * mean_n mean_{t <= t_end,n} min(r_t A_n, clip(r_t, 1 - eps, 1 + eps) A_n)    eps = 0.1, one epoch
       + sft_weight * mean |a_demo - loc|        samples of SFT beside the rollouts, as in PPO-ptx (arXiv 2203.02155)
 Only the policy learns; no physics, no simulator, no value function, no KL term. N = 8 and eps = 0.1 are the paper's.
 Dims: G start states, N rollouts each, R = G * N, C chunks, K chunk_size, T = C * K control steps, H W pixels.
