@@ -26,7 +26,7 @@ from unittest import mock
 import h5py
 import imageio
 import numpy as np
-import torch
+import torch.distributed.nn  # here, before there is a process group: its default arguments would keep one from ending
 from tqdm import trange
 
 SUITES = {"goal": "libero_goal", "object": "libero_object", "spatial": "libero_spatial", "long": "libero_10"}

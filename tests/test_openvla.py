@@ -313,6 +313,31 @@ def test_two_processes_train_what_one_trains(demos):
     assert moved > 0 and apart / moved < 0.01, float(apart / moved)  # Adam turns rounding of small gradients into small steps
 
 
+AT_THE_END = """
+import dataclasses, os, data, torch
+
+@dataclasses.dataclass
+class Config:
+    pass
+
+def run(cfg):
+    assert data.processes().num_processes == 1 and torch.distributed.is_initialized()
+    from torch.distributed.nn import functional  # as transformers does when it builds a model
+    torch.distributed.all_reduce(torch.ones(3))
+    assert "gloo" in str(threads())
+
+threads = lambda: [open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")]
+data.command_line(run, dict(tiny=Config()), "")
+assert "gloo" not in str(threads()), threads()
+"""
+
+
+def test_no_thread_of_a_process_group_lives_to_abort_at_exit():
+    environment = os.environ | dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="29542", PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-1500:]
+
+
 @pytest.mark.parametrize("kind", ["world_sim", "reflector"])
 def test_simulator_and_reflector_train_on_two_processes(demos, kind):
     alone = ("--tower-from", "") if kind == "reflector" else ()  # there is no policy in this run
