@@ -149,10 +149,7 @@ class Policy(nn.Module):
         self.register_buffer("action_bounds", torch.tensor(stats["action"], dtype=torch.float32))    # (2, 7)
         self.register_buffer("proprio_bounds", torch.tensor(stats["proprio"], dtype=torch.float32))  # (2, 8)
         if weights:
-            own = {(n, v.shape) for n, v in self.state_dict().items() if n in weights or not n.startswith(("action_", "scale_", "proprio"))}
-            wrong = sorted({n for n, _ in own ^ {(n, v.shape) for n, v in weights.items()}})
-            data.require(not wrong, f"{cfg.pretrained}: {len(wrong)} weights do not fit, such as {wrong[:1]}; it takes --preset paper")
-            self.load_state_dict(weights, strict=False)  # the heads, OpenVLA itself does not have them
+            data.beside("fill_openvla")(self, weights)
         if cfg.lora_rank:
             data.beside("add_lora")(self)
 

@@ -13,8 +13,9 @@ Dims: G start states, N rollouts each, R = G * N, C chunks, K chunk_size, T = C 
 SFT and RL policy are compared in real LIBERO on the same official initial states.
 
 Differs from the paper: `tiny` trains language model and heads in full at one learning rate (no LoRA), the vision tower stays frozen;
-rollouts start only in tasks that exploration has solved; the learning rate rises and falls; the demonstrations stay in the loss,
-without which a policy this small learns what pleases simulator and reflector, and forgets the rest (README).
+rollouts are short and start on the way to a success, because what is imagined drifts off (as in MBPO, arXiv 1906.08253), only in tasks
+that exploration has solved; the learning rate rises and falls; the demonstrations stay in the loss, without which a policy this small
+learns what pleases simulator and reflector, and forgets the rest (README).
 
 `accelerate launch ppo_loop.py` splits the starts of LOOP over processes; the stages before it have scripts of their own.
 Reads: everything the other scripts write.
@@ -49,18 +50,19 @@ class Config:
     env: str = "world_sim"  # where rollouts happen: world_sim, or libero with its own success as reward (RIPT-VLA, arXiv 2505.17016)
     explore: bool = True  # exploration episodes for simulator, reflector and starts; --no-explore: the paper's ablation
     judge: str = "reward_head"  # or binary, the paper's ablation, see reflector.py
-    iterations: int = 80  # collect rollouts, update, repeat
-    starts: int = 6  # G, start states per iteration; the paper's batch of 4
+    iterations: int = 60  # collect rollouts, update, repeat
+    starts: int = 24  # G, start states per iteration; the paper's batch of 4
     rollouts: int = 8  # N, rollouts per start state
-    keyframe_starts: bool = False  # start rollouts from random frames of the episodes before success, not only from the first
-    horizon: float = 0.8  # longest rollout, as a fraction of the suite's step limit
-    noise_scale: float = 2.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
+    micro_starts: int = 6  # imagined at once; 48 rollouts stay in a CPU's caches, a GPU wants more
+    keyframe_starts: float = 0.3  # rollouts start up to this fraction of the suite's step limit before a success, and last as long
+    horizon: float = 0.8  # with `--keyframe-starts 0`, and in LIBERO, they start from first frames and last up to this fraction
+    noise_scale: float = 3.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
     min_log_scale: float = -3.0  # floor of the log-scale, before that, whatever SFT's was; RIPT-VLA: -2
     clip_eps: float = 0.1  # of the PPO ratio
-    minibatch: int = 16  # rollouts per optimizer step
+    minibatch: int = 64  # rollouts per optimizer step
     micro_batch: int = 8  # rollouts per backward pass, gradients accumulated
-    lr: float = 5e-5  # peak, language model and projectors; 0: only the heads learn; the paper: 1e-4 on LoRA
-    lr_heads: float = 5e-5  # peak, action and scale head; the paper: 1e-5
+    lr: float = 2e-4  # peak, language model and projectors; 0: only the heads learn; the paper: 1e-4 on LoRA
+    lr_heads: float = 2e-4  # peak, action and scale head; the paper: 1e-5
     warmup: int = 10  # iterations in which the learning rate rises, because Adam's first steps are full ones; it ends at 0
     train_scale: bool = True  # the scale head too; RIPT-VLA freezes it
     grad_clip: float = 1.0  # norm
@@ -73,9 +75,9 @@ class Config:
 
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, horizon=0.06, minibatch=4, micro_batch=2, warmup=1,
-                    eval_episodes=1, no_spread_limit=100),
-    "base": Config(preset="base", starts=24, eval_episodes=40),
+    "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, keyframe_starts=0.06, horizon=0.06, minibatch=4, micro_batch=2,
+                    warmup=1, eval_episodes=1, no_spread_limit=100),
+    "base": Config(preset="base", micro_starts=24, eval_episodes=40),
 }
 
 
@@ -157,13 +159,14 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
 
 
 def start_observation(episodes, cfg: Config, rng, device):
-    """What `imagine` starts from: the first observation of each episode or, with `keyframe_starts`, any before success."""
-    frame = [rng.choice(np.flatnonzero(~e.success[e.frame_steps])) * cfg.keyframe_starts for e in episodes]
+    """What `imagine` starts from: of each episode a frame at most `keyframe_starts` before its first success, or the first one."""
+    horizon = max(1, int((cfg.keyframe_starts or cfg.horizon) * max(task.max_steps for task in data.parse_tasks(cfg.tasks))))
+    step = [np.argmax(e.success) - rng.integers(1, horizon + 1) if cfg.keyframe_starts else 0 for e in episodes]
+    frame = [max(0, np.searchsorted(e.frame_steps, at, "right") - 1) for e, at in zip(episodes, step)]
     as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
     return dict(frames=as_tensor([e.frames[f] for e, f in zip(episodes, frame)]),
                 proprio=as_tensor([e.proprio[e.frame_steps[f]] for e, f in zip(episodes, frame)]),
-                camera=as_tensor([e.camera for e in episodes]).float(), instruction=[e.instruction for e in episodes],
-                horizon=int(cfg.horizon * max(task.max_steps for task in data.parse_tasks(cfg.tasks))))
+                camera=as_tensor([e.camera for e in episodes]).float(), instruction=[e.instruction for e in episodes], horizon=horizon)
 
 
 def rollouts_in_libero(policy, tasks, first, cfg: Config) -> Rollouts:
@@ -238,7 +241,9 @@ def train(cfg: Config):
         reflector = reflector_script.load_reflector(run / "reflector.pt", device)
         starts, _ = data.training_episodes(cfg, policy.cfg.image_size, policy.cfg.demos_per_task, ("expert", "explore")[:1 + cfg.explore])
         solved = {e.task for e in starts if e.source == "explore" and e.success.any()}  # elsewhere a reward would be the reflector's error
-        starts = [e for e in starts if e.task in solved] or starts
+        starts = [e for e in starts if e.task in solved and (e.success.any() or not cfg.keyframe_starts)] or starts
+    tasks = [getattr(start, "task", start) for start in starts]
+    weight = np.array([1 / tasks.count(task) for task in tasks]) / len(set(tasks))  # each task is as likely
     data.require(policy.cfg.cameras == 1, "this policy looks through two cameras, the simulator imagines one; train it with --cameras 1")
     samples = cfg.sft_weight and policy_script.dataset(data.load_episodes(
         cfg.demos, data.parse_tasks(cfg.tasks), policy.cfg.demos_per_task, image_size=policy.cfg.image_size), policy.cfg.chunk_size)
@@ -246,20 +251,19 @@ def train(cfg: Config):
         getattr(policy, name).requires_grad_(False)
     policy.prompt_gradient, torch.backends.cudnn.allow_tf32 = policy.cfg.attention == "full", False  # its rounding depends on the batch
     optimizer = torch.optim.AdamW(policy.parameter_groups(cfg.lr, cfg.lr_heads), weight_decay=0.0)
-    first, no_spread = data.restore(checkpoint, policy, optimizer), checkpoint["no_spread"] if checkpoint else 0
-    best, fallen = checkpoint["best"] if checkpoint else None, False
-    if cfg.eval_every and not best:
-        best, _ = evaluate.keep_best(None, policy, 0, cfg)
+    first, no_spread, fallen = data.restore(checkpoint, policy, optimizer), checkpoint["no_spread"] if checkpoint else 0, False
+    best = checkpoint["best"] if checkpoint else evaluate.keep_best(None, policy, 0, cfg)[0] if cfg.eval_every else None
     print(f"ppo_loop: {cfg.starts} x {cfg.rollouts} rollouts in {cfg.env}, {len(starts)} starts, iterations {first} to {cfg.iterations}")
     for iteration in (bar := trange(first, cfg.iterations, initial=first, total=cfg.iterations, desc="ppo_loop", mininterval=2,
                                    disable=rank > 0)):
         torch.manual_seed((cfg.seed * 1_000_003 + iteration) * 64 + rank)  # randomness depends on these alone: resuming is exact
         rng, share, began = np.random.default_rng((cfg.seed, iteration)), cfg.starts // ranks, time.time()
-        picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, replace=cfg.starts > len(starts))][rank * share:][:share]
+        picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, cfg.starts > len(starts), weight)][rank * share:][:share]
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1, (iteration + 1) / cfg.warmup) * (1 - iteration / cfg.iterations)
         if cfg.env == "world_sim":
-            rollouts = data.beside("gather")(imagine(policy, world_sim, reflector, start_observation(picked, cfg, rng, device), cfg))
+            parts = [start_observation(picked[i:i + cfg.micro_starts], cfg, rng, device) for i in range(0, share, cfg.micro_starts)]
+            rollouts = data.beside("gather")([imagine(policy, world_sim, reflector, part, cfg) for part in parts])
         else:
             rollouts = rollouts_in_libero(policy, picked, iteration * cfg.starts + rank * share, cfg)
         torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # the same minibatches in every process
@@ -268,14 +272,13 @@ def train(cfg: Config):
         metrics |= dict(real_steps=rollouts.mask.sum() * (cfg.env == "libero"))
         no_spread = no_spread + 1 if metrics["useful_groups"] == 0 else 0
         bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in "reward stop_rate group_spread useful_groups approx_kl clip_frac".split()})
-        if rank == 0:
-            data.log(run, "ppo_loop", iteration + 1, metrics)
         if cfg.eval_every and (iteration + 1) % cfg.eval_every == 0:
             best, fallen = evaluate.keep_best(best, policy, iteration + 1, cfg)
         finished = fallen or iteration + 1 == cfg.iterations
         if finished and best:
             policy.load_state_dict(best["model"])
         if rank == 0:
+            data.log(run, "ppo_loop", iteration + 1, metrics)
             data.save_checkpoint(path, "policy_rl", policy.cfg, policy, ppo_config=data.plain(cfg), optimizer=optimizer.state_dict(),
                                  step=iteration + 1, finished=finished, no_spread=no_spread, best=None if finished else best,
                                  metrics={k: float(v) for k, v in metrics.items()}, demos=demos,
@@ -295,7 +298,8 @@ def main(cfg: Config):
                  f"--eval-episodes {cfg.eval_episodes}, expected at least 0, and at most 40: states 40 and 41 choose the policy")
     for name, choice in dict(env=("world_sim", "libero"), judge=("reward_head", "binary")).items():
         data.require(getattr(cfg, name) in choice, f"got --{name} {getattr(cfg, name)}, expected {' or '.join(choice)}")
-    for name, least in dict(warmup=1, horizon=0.01, noise_scale=0.01, ppo_weight=0, sft_weight=0, lr=0, lr_heads=0).items():
+    for name, least in dict(warmup=1, horizon=0.01, keyframe_starts=0, micro_starts=1, noise_scale=0.01, ppo_weight=0, sft_weight=0, lr=0,
+                            lr_heads=0).items():
         data.require(getattr(cfg, name) >= least, f"got --{name.replace('_', '-')} {getattr(cfg, name)}, expected at least {least}")
     if data.processes().num_processes > 1:  # `accelerate launch`: LOOP alone, the other stages are scripts of their own
         return train(cfg)

@@ -239,19 +239,39 @@ def test_rollouts_start_in_tasks_that_exploration_solved_where_there_are_any(in_
     assert started == ({solved} if solved else {"turn_on_the_stove", "put_the_bowl_on_the_stove"})
 
 
-def test_rollouts_start_from_first_frames_or_from_any_before_success():
-    episodes = [make_episode(T=40, seed=i, index=i, success_from=21) for i in range(4)]
-    cfg, rng = ppo_loop.Config(tasks="goal:7", horizon=0.1), np.random.default_rng(0)
+def test_rollouts_start_from_first_frames_or_within_reach_of_a_success():
+    episodes = [make_episode(T=40, seed=i, index=i, success_from=33) for i in range(4)] + [make_episode(T=40, seed=4, index=4, success_from=3)]
+    cfg, rng = ppo_loop.Config(tasks="goal:7", horizon=0.1, keyframe_starts=0.0), np.random.default_rng(0)
     first = ppo_loop.start_observation(episodes, cfg, rng, "cpu")
     assert first["horizon"] == 30 and all(np.array_equal(frame, e.frames[0]) for frame, e in zip(first["frames"], episodes))
-    seen = set()
-    for _ in range(30):
-        start = ppo_loop.start_observation(episodes, dataclasses.replace(cfg, keyframe_starts=True), rng, "cpu")
+    seen, early = set(), set()
+    for _ in range(60):
+        start = ppo_loop.start_observation(episodes, dataclasses.replace(cfg, keyframe_starts=0.05), rng, "cpu")
         for frame, proprio, e in zip(start["frames"].numpy(), start["proprio"].numpy(), episodes):
             at = next(i for i in range(len(e.frames)) if np.array_equal(frame, e.frames[i]))
-            assert np.array_equal(proprio, e.proprio[e.frame_steps[at]])
-            seen.add(int(e.frame_steps[at]))
-    assert seen == {0, 4, 8, 12, 16, 20}
+            assert np.array_equal(proprio, e.proprio[e.frame_steps[at]]) and start["horizon"] == 15
+            (early if e.index == 4 else seen).add(int(e.frame_steps[at]))
+    assert seen == {16, 20, 24, 28, 32} and early == {0}  # the frame seen 1 to 15 steps before success, or the last one before that
+
+
+def test_short_rollouts_start_on_the_way_to_a_success_each_task_as_often(in_smoke_run, monkeypatch):
+    training_episodes, start_observation, started = data.training_episodes, ppo_loop.start_observation, []
+
+    def with_success(*args):
+        episodes, held_out = training_episodes(*args)
+        stove, bowl = ([e for e in episodes if e.task == name] for name in ("turn_on_the_stove", "put_the_bowl_on_the_stove"))
+        solved = {id(e) for e in stove[-3:] + bowl[-1:]}
+        for e in episodes:
+            e.success[:-1], e.success[-1] = False, e.source == "expert" or id(e) in solved
+        return stove * 4 + bowl, held_out
+    monkeypatch.setattr(data, "training_episodes", with_success)
+    monkeypatch.setattr(ppo_loop, "start_observation", lambda episodes, *args: started.extend(episodes) or start_observation(episodes, *args))
+    monkeypatch.setattr(ppo_loop, "imagine", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    for seed in range(20):
+        with pytest.raises(KeyboardInterrupt):
+            in_smoke_run(starts=8, micro_starts=8, seed=seed)
+    assert all(e.success.any() for e in started) and {e.source for e in started} == {"expert", "explore"}
+    assert 0.4 < np.mean([e.task == "turn_on_the_stove" for e in started]) < 0.65  # 20 of 23 starts are the stove's
 
 
 # ---- resuming ------------------------------------------------------------------------------------------------------------
@@ -466,7 +486,7 @@ def test_another_judge_than_the_two_is_refused(refused):
     assert "got --judge maybe, expected reward_head or binary" in refused(ppo_loop, "--judge", "maybe")
 
 
-@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--noise-scale 0.0", "--ppo-weight -1.0", "--sft-weight -1.0", "--lr -1.0", "--lr-heads -1.0"])
+@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--keyframe-starts -1.0", "--micro-starts 0", "--noise-scale 0.0", "--ppo-weight -1.0", "--sft-weight -1.0", "--lr -1.0", "--lr-heads -1.0"])
 def test_values_that_no_loop_can_run_with_are_refused(refused, flags, tmp_path):
     assert f"got {flags}, expected at least" in refused(ppo_loop, *flags.split()) and not list(tmp_path.iterdir())
 
