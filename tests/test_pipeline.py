@@ -105,6 +105,37 @@ def test_imagined_episodes_have_imagined_frames_and_the_real_outcome(smoke_run):
         assert np.array_equal(b.frames[0], a.frames[0]) and not any(map(np.array_equal, b.frames[1:], a.frames[at][1:]))
 
 
+def test_parts_of_episodes_are_imagined_from_frames_on_the_way(smoke_run, tmp_path, monkeypatch):
+    """Beside whole episodes, with the same outcome, and every fifth episode's held out; the reflector learns from them."""
+    shutil.copytree(smoke_run.run, tmp_path / "runs" / "x", ignore=shutil.ignore_patterns("imagined", "reflector.pt"))
+    (tmp_path / "data").symlink_to(smoke_run.cwd / "data")
+    monkeypatch.chdir(tmp_path)
+    tasks = data.parse_tasks("goal:1,7")
+    evaluate.imagine(dataclasses.replace(evaluate.PRESETS["smoke"], tasks="goal:1,7", run="x", part=0.06))
+    real, parts = (data.load_episodes(Path("runs/x", folder), tasks, kinds=(folder,)) for folder in ("explore", "imagined"))
+    assert len(parts) == 4 * len(real) and sum(e.held_out for e in parts) == 4 * sum(e.held_out for e in real)
+    for e in parts:
+        whole = next(r for r in real if (r.task, r.index) == (e.task, e.index % 5000))
+        at = next(t for t in whole.frame_steps if np.array_equal(whole.proprio[t], e.proprio[0]))
+        assert 16 <= len(e.actions) <= 18 and np.array_equal(e.actions, whole.actions[at:at + len(e.actions)])
+        assert np.array_equal(e.frames[0], whole.frames[list(whole.frame_steps).index(at)]) and list(e.frame_steps) == [0, 8, 16]
+        assert np.array_equal(e.success, whole.success[at:at + len(e.success)])
+    reflector.train(dataclasses.replace(reflector.PRESETS["smoke"], tasks="goal:1,7", run="x"))
+    assert data.load_checkpoint("runs/x/reflector.pt", "reflector")["finished"]
+
+
+def test_half_of_the_parts_of_a_success_begin_within_reach_of_it():
+    episode, short_parts = make_episode(T=120, gap=4, success_from=101), data.beside("short_parts")
+    starts = [[next(t for t in range(121) if np.array_equal(episode.proprio[t], part.proprio[0])) for part in
+               short_parts(dataclasses.replace(episode, index=i), 0.1, 200)] for i in range(30)]
+    assert all(len(four) == 4 and all(81 <= t <= 100 for t in four[:2]) for four in starts)
+    assert {t for *_, t in starts} & set(range(0, 21)) and {t for *_, t in starts} & set(range(60, 101))  # the others anywhere before it
+    assert not short_parts(make_episode(T=12), 0.1, 200)  # too short
+    for part in (-0.1, 0.05, 1.1):
+        with pytest.raises(data.UserError, match=f"got --part {part}, expected at least 0.08"):
+            short_parts(episode, part, 200)
+
+
 def test_another_simulator_imagines_anew(smoke_run, tmp_path, monkeypatch):
     shutil.copytree(smoke_run.run, tmp_path / "runs" / "x")
     monkeypatch.chdir(tmp_path)
