@@ -54,7 +54,7 @@ class Config:
     frame_every: int = 4  # exploration: control steps between stored frames
     past_success: int = 16  # exploration: steps recorded past the first success
     imagine: bool = False  # replay the exploration episodes in world_sim.pt and store what it imagines, for the reflector to learn from
-    part: float = 0.0  # imagine short parts instead, as LOOP's rollouts are, up to this fraction of the step limit; 0: whole episodes
+    part: int = 0  # imagine parts of so many control steps instead, as short as LOOP's rollouts; 0: whole episodes
     report: bool = False  # measure the reality gap of world_sim.pt and reflector.pt instead
 
 
@@ -382,7 +382,7 @@ def imagine(cfg: Config):
     world_sim, by_name = load_world_sim(run / "world_sim.pt"), {task.name: task for task in tasks}
     path = lambda e: run / "imagined" / f"{e.task}_{e.index}.hdf5"
     fresh = lambda e: path(e).exists() and path(e).stat().st_mtime > (run / "world_sim.pt").stat().st_mtime
-    parts_of = lambda e: data.beside("short_parts")(e, cfg.part, by_name[e.task].max_steps) if cfg.part else [e]
+    parts_of = lambda e: data.beside("short_parts")(e, cfg.part) if cfg.part else [e]
     episodes = [part for e in data.load_episodes(run / "explore", tasks, kinds=("explore",)) for part in parts_of(e) if not fresh(part)]
     for start in trange(0, len(episodes), 50, desc="imagine", mininterval=2):
         for twin in imagined_twins(world_sim, episodes[start:start + 50]):

@@ -54,7 +54,7 @@ class Config:
     starts: int = 24  # G, start states per iteration; the paper's batch of 4
     rollouts: int = 8  # N, rollouts per start state
     micro_starts: int = 6  # imagined at once; 48 rollouts stay in a CPU's caches, a GPU wants more
-    keyframe_starts: float = 0.3  # rollouts start up to this fraction of the suite's step limit before a success, and last as long
+    keyframe_starts: int = 90  # control steps: rollouts start at most so long before a success, and last as long
     horizon: float = 0.8  # with `--keyframe-starts 0`, and in LIBERO, they start from first frames and last up to this fraction
     noise_scale: float = 3.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
     min_log_scale: float = -3.0  # floor of the log-scale, before that, whatever SFT's was; RIPT-VLA: -2
@@ -75,7 +75,7 @@ class Config:
 
 PRESETS = {
     "tiny": Config(),
-    "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, keyframe_starts=0.06, horizon=0.06, minibatch=4, micro_batch=2,
+    "smoke": Config(preset="smoke", iterations=2, starts=2, rollouts=4, keyframe_starts=18, horizon=0.06, minibatch=4, micro_batch=2,
                     warmup=1, eval_episodes=1, no_spread_limit=100),
     "base": Config(preset="base", micro_starts=24, eval_episodes=40),
 }
@@ -160,7 +160,7 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
 
 def start_observation(episodes, cfg: Config, rng, device):
     """What `imagine` starts from: of each episode a frame at most `keyframe_starts` before its first success, or the first one."""
-    horizon = max(1, int((cfg.keyframe_starts or cfg.horizon) * max(task.max_steps for task in data.parse_tasks(cfg.tasks))))
+    horizon = cfg.keyframe_starts or int(cfg.horizon * max(task.max_steps for task in data.parse_tasks(cfg.tasks)))
     step = [np.argmax(e.success) - rng.integers(1, horizon + 1) if cfg.keyframe_starts else 0 for e in episodes]
     frame = [max(0, np.searchsorted(e.frame_steps, at, "right") - 1) for e, at in zip(episodes, step)]
     as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)

@@ -1,4 +1,4 @@
-"""What `python evaluate.py --imagine --part 0.3` replays: parts of episodes that look like LOOP's rollouts, for the judge to learn from."""
+"""What `python evaluate.py --imagine --part 90` replays: parts of episodes that look like LOOP's rollouts, for the judge to learn from."""
 import dataclasses
 
 import numpy as np
@@ -6,11 +6,10 @@ import numpy as np
 import data
 
 
-def short_parts(episode, part, limit, number=4):
-    """`number` parts of an episode, of 16 control steps to `part` of `limit`, from stored frames before its success, half of them from
-    less than that before it if there is one. Their indices, 5000 apart, keep every fifth episode held out. Raises UserError."""
-    length = int(part * limit)
-    data.require(16 <= length <= limit, f"got --part {part}, expected at least {16 / limit:.2f}, 16 control steps, and at most 1")
+def short_parts(episode, length, number=4):
+    """`number` parts of an episode, of 16 to `length` control steps, from stored frames before its success, half of them from less than
+    `length` before it if there is one. Their indices, 5000 apart, keep every fifth episode held out. Raises UserError."""
+    data.require(length >= 16, f"got --part {length}, expected at least 16 control steps, or 0 for whole episodes")
     rng, steps, T = np.random.default_rng(episode.index), episode.frame_steps, len(episode.actions)
     before = ~episode.success[steps] & (steps <= T - 16)
     near = before & (np.argmax(episode.success) - steps <= length) if episode.success.any() else before

@@ -111,7 +111,7 @@ def test_parts_of_episodes_are_imagined_from_frames_on_the_way(smoke_run, tmp_pa
     (tmp_path / "data").symlink_to(smoke_run.cwd / "data")
     monkeypatch.chdir(tmp_path)
     tasks = data.parse_tasks("goal:1,7")
-    evaluate.imagine(dataclasses.replace(evaluate.PRESETS["smoke"], tasks="goal:1,7", run="x", part=0.06))
+    evaluate.imagine(dataclasses.replace(evaluate.PRESETS["smoke"], tasks="goal:1,7", run="x", part=18))
     real, parts = (data.load_episodes(Path("runs/x", folder), tasks, kinds=(folder,)) for folder in ("explore", "imagined"))
     assert len(parts) == 4 * len(real) and sum(e.held_out for e in parts) == 4 * sum(e.held_out for e in real)
     for e in parts:
@@ -127,13 +127,12 @@ def test_parts_of_episodes_are_imagined_from_frames_on_the_way(smoke_run, tmp_pa
 def test_half_of_the_parts_of_a_success_begin_within_reach_of_it():
     episode, short_parts = make_episode(T=120, gap=4, success_from=101), data.beside("short_parts")
     starts = [[next(t for t in range(121) if np.array_equal(episode.proprio[t], part.proprio[0])) for part in
-               short_parts(dataclasses.replace(episode, index=i), 0.1, 200)] for i in range(30)]
+               short_parts(dataclasses.replace(episode, index=i), 20)] for i in range(30)]
     assert all(len(four) == 4 and all(81 <= t <= 100 for t in four[:2]) for four in starts)
     assert {t for *_, t in starts} & set(range(0, 21)) and {t for *_, t in starts} & set(range(60, 101))  # the others anywhere before it
-    assert not short_parts(make_episode(T=12), 0.1, 200)  # too short
-    for part in (-0.1, 0.05, 1.1):
-        with pytest.raises(data.UserError, match=f"got --part {part}, expected at least 0.08"):
-            short_parts(episode, part, 200)
+    assert not short_parts(make_episode(T=12), 20)  # too short
+    with pytest.raises(data.UserError, match="got --part 15, expected at least 16 control steps, or 0"):
+        short_parts(episode, 15)
 
 
 def test_another_simulator_imagines_anew(smoke_run, tmp_path, monkeypatch):
@@ -272,12 +271,12 @@ def test_rollouts_start_in_tasks_that_exploration_solved_where_there_are_any(in_
 
 def test_rollouts_start_from_first_frames_or_within_reach_of_a_success():
     episodes = [make_episode(T=40, seed=i, index=i, success_from=33) for i in range(4)] + [make_episode(T=40, seed=4, index=4, success_from=3)]
-    cfg, rng = ppo_loop.Config(tasks="goal:7", horizon=0.1, keyframe_starts=0.0), np.random.default_rng(0)
+    cfg, rng = ppo_loop.Config(tasks="goal:7", horizon=0.1, keyframe_starts=0), np.random.default_rng(0)
     first = ppo_loop.start_observation(episodes, cfg, rng, "cpu")
     assert first["horizon"] == 30 and all(np.array_equal(frame, e.frames[0]) for frame, e in zip(first["frames"], episodes))
     seen, early = set(), set()
     for _ in range(60):
-        start = ppo_loop.start_observation(episodes, dataclasses.replace(cfg, keyframe_starts=0.05), rng, "cpu")
+        start = ppo_loop.start_observation(episodes, dataclasses.replace(cfg, keyframe_starts=15), rng, "cpu")
         for frame, proprio, e in zip(start["frames"].numpy(), start["proprio"].numpy(), episodes):
             at = next(i for i in range(len(e.frames)) if np.array_equal(frame, e.frames[i]))
             assert np.array_equal(proprio, e.proprio[e.frame_steps[at]]) and start["horizon"] == 15
@@ -516,7 +515,7 @@ def test_another_judge_than_the_two_is_refused(refused):
     assert "got --judge maybe, expected reward_head or binary" in refused(ppo_loop, "--judge", "maybe")
 
 
-@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--keyframe-starts -1.0", "--micro-starts 0", "--noise-scale 0.0", "--ppo-weight -1.0", "--sft-weight -1.0", "--lr -1.0", "--lr-heads -1.0"])
+@pytest.mark.parametrize("flags", ["--warmup 0", "--horizon 0.0", "--keyframe-starts -1", "--micro-starts 0", "--noise-scale 0.0", "--ppo-weight -1.0", "--sft-weight -1.0", "--lr -1.0", "--lr-heads -1.0"])
 def test_values_that_no_loop_can_run_with_are_refused(refused, flags, tmp_path):
     assert f"got {flags}, expected at least" in refused(ppo_loop, *flags.split()) and not list(tmp_path.iterdir())
 
