@@ -161,8 +161,7 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
 def start_observation(episodes, cfg: Config, rng, device):
     """What `imagine` starts from: of each episode a frame at most `keyframe_starts` before its first success, or the first one."""
     horizon = cfg.keyframe_starts or int(cfg.horizon * max(task.max_steps for task in data.parse_tasks(cfg.tasks)))
-    step = [np.argmax(e.success) - rng.integers(1, horizon + 1) if cfg.keyframe_starts else 0 for e in episodes]
-    frame = [max(0, np.searchsorted(e.frame_steps, at, "right") - 1) for e, at in zip(episodes, step)]
+    frame = [cfg.keyframe_starts and max(0, e.frame_steps.searchsorted(e.success.argmax() - rng.integers(horizon)) - 1) for e in episodes]
     as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
     return dict(frames=as_tensor([e.frames[f] for e, f in zip(episodes, frame)]),
                 proprio=as_tensor([e.proprio[e.frame_steps[f]] for e, f in zip(episodes, frame)]),
@@ -272,13 +271,14 @@ def train(cfg: Config):
         metrics |= dict(real_steps=rollouts.mask.sum() * (cfg.env == "libero"))
         no_spread = no_spread + 1 if metrics["useful_groups"] == 0 else 0
         bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in "reward stop_rate group_spread useful_groups approx_kl clip_frac".split()})
+        if rank == 0:
+            data.log(run, "ppo_loop", iteration + 1, metrics)
         if cfg.eval_every and (iteration + 1) % cfg.eval_every == 0:
             best, fallen = evaluate.keep_best(best, policy, iteration + 1, cfg)
         finished = fallen or iteration + 1 == cfg.iterations
         if finished and best:
             policy.load_state_dict(best["model"])
         if rank == 0:
-            data.log(run, "ppo_loop", iteration + 1, metrics)
             data.save_checkpoint(path, "policy_rl", policy.cfg, policy, ppo_config=data.plain(cfg), optimizer=optimizer.state_dict(),
                                  step=iteration + 1, finished=finished, no_spread=no_spread, best=None if finished else best,
                                  metrics={k: float(v) for k, v in metrics.items()}, demos=demos,
