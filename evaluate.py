@@ -102,14 +102,14 @@ def psnr(a, b):
 # ---- one episode in the real simulator -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None, explore_scale=None):
+def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None, explore_scale=None, start=None):
     """Roll `policy` in `env` -> record and, exploring, the Episode, else its frames.
-    `judge(frames (T, 3, H, W) so far, step) -> p_success, stop` ends the episode with `--stop reflector`."""
+    `judge(frames (T, 3, H, W) so far, step) -> p_success, stop` ends it with `--stop reflector`; `start(env)` is in place of the reset."""
     torch.manual_seed(cfg.seed * 1_000_003 + (init_index if seed is None else seed))
     exploring = explore_scale is not None
     policy.noise_scale = explore_scale or 1.0
     max_steps = int(env.task.max_steps * cfg.explore_horizon) if exploring else cfg.max_steps or env.task.max_steps
-    obs = env.reset(init_index, seed)
+    obs = start(env) if start else env.reset(init_index, seed)
     frames, frame_steps, proprio, actions, states, sampled = [obs["frames"]], [0], [env.proprio()], [], [env.state()], []
     success, stopped, p_success = [bool(env.env.check_success())], False, 0.0
     while len(actions) < max_steps and not stopped:
