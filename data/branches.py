@@ -4,8 +4,7 @@ LOOP compares rollouts of one start with each other. Its reward teaches somethin
 LIBERO gets more of it; that it tells one start from another says little about that. So this plays it out: from states of successful
 exploration episodes, before the success, where LOOP's rollouts start too, the noisy SFT policy goes on several times in LIBERO. These
 branches are exploration episodes like any other: simulator and reflector learn from them if trained afterwards, but not from those of
-held-out episodes, of which `--report` gives the ROC AUC within a start
-(and of all together), 0.5 where the reward is chance. The noise is that of LOOP.
+held-out episodes. `--report` gives the ROC AUC within a start, of these alone and of all: 0.5 where the reward is chance. Noise: LOOP's.
 
   python data/branches.py --tasks goal            # a few minutes; delete world_sim.pt, imagined/ and reflector.pt to learn from them
   python data/branches.py --tasks goal --report   # replays them in world_sim.pt, judged by reflector.pt
