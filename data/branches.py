@@ -4,7 +4,8 @@ LOOP compares rollouts of one start with each other. Its reward teaches somethin
 LIBERO gets more of it; that it tells one start from another says little about that. So this plays it out: from states of successful
 exploration episodes, before the success, where LOOP's rollouts start too, the noisy SFT policy goes on several times in LIBERO. These
 branches are exploration episodes like any other: simulator and reflector learn from them if trained afterwards, but not from those of
-held-out episodes. `--report` gives the ROC AUC within a start, of these alone and of all: 0.5 where the reward is chance. Noise: LOOP's.
+held-out episodes. `--report` gives the ROC AUC within a start, of these alone and of all: 0.5 where the reward is chance. It does so on
+imagined frames, LOOP's, and on the real ones: where only the first is chance the simulator is at fault, not the judge. Noise: LOOP's.
 
   python data/branches.py --tasks goal            # a few minutes; delete world_sim.pt, imagined/ and reflector.pt to learn from them
   python data/branches.py --tasks goal --report   # replays them in world_sim.pt, judged by reflector.pt
@@ -93,6 +94,12 @@ def within_starts(reward, success, start):
     return [evaluate.roc_auc(reward[g], success[g]) for g in groups if success[g].any() and not success[g].all()]
 
 
+def loop_reward(reflector, episode):
+    """p(done) where the reflector would stop `episode`, or at its end."""
+    p = torch.from_numpy(reflector.score(episode))
+    return float(p[reflector_script.finish_step(p[None], reflector.threshold, reflector.cfg.min_steps, reflector.cfg.patience)])
+
+
 @torch.no_grad()
 def report(cfg: Config, tasks, run):
     world_sim, reflector = load_world_sim(run / "world_sim.pt"), reflector_script.load_reflector(run / "reflector.pt")
@@ -103,17 +110,15 @@ def report(cfg: Config, tasks, run):
     for number, at in enumerate(sorted(set(map(place, branches)))):
         group = [e for e in branches if place(e) == at]  # in `replay` short ones stand still at their end: length does not tell the outcome
         for e, frames in zip(group, replay(world_sim, group)[0][:, ::world_sim.cfg.frames_per_chunk]):
-            p = torch.from_numpy(reflector.score(dataclasses.replace(e, frames=frames)))
-            end = reflector_script.finish_step(p[None], reflector.threshold, reflector.cfg.min_steps, reflector.cfg.patience)
-            rows.append((number, e.held_out, e.success.any(), float(p[end])))
-    start, held_out, success, reward = map(np.array, zip(*rows))
+            seen = dataclasses.replace(e, frames=frames), evaluate.at_chunk_ends(e, world_sim.cfg.chunk_size)
+            rows.append((number, e.held_out, e.success.any(), *(loop_reward(reflector, twin) for twin in seen)))
+    start, held_out, success, imagined, real = map(np.array, zip(*rows))
     for which, of in {"all": held_out | True, "held out": held_out}.items():
-        if not of.any():
-            continue
-        auc = within_starts(reward[of], success[of], start[of])
-        spread = f"{np.mean(auc):.2f} +- {np.std(auc) / len(auc) ** 0.5:.2f}" if auc else "unknown"
-        print(f"{which}: {of.sum()} branches of {len(set(start[of]))} starts, {success[of].mean():.2f} succeed, mean reward "
-              f"{reward[of].mean():.2f}; ROC AUC within the {len(auc)} starts with both outcomes {spread}")
+        for frames, reward in dict(imagined=imagined, real=real).items() if of.any() else ():
+            auc = within_starts(reward[of], success[of], start[of])
+            spread = f"{np.mean(auc):.2f} +- {np.std(auc) / len(auc) ** 0.5:.2f}" if auc else "unknown"
+            print(f"{which}, {frames} frames: {of.sum()} branches of {len(set(start[of]))} starts, {success[of].mean():.2f} succeed, mean "
+                  f"reward {reward[of].mean():.2f}; ROC AUC within the {len(auc)} starts with both outcomes {spread}")
 
 
 def main(cfg: Config):

@@ -73,7 +73,9 @@ def test_branches_are_exploration_episodes_from_one_state_and_the_report_reads_t
     assert "0 of them new" in again.stdout and load().keys() == episodes.keys()
     report = branches(tmp_path, "--report")
     assert report.returncode == 0, report.stderr[-2000:]
-    assert "all: 8 branches of 4 starts, 0.00 succeed" in report.stdout and "held out: 4 branches of 2 starts" in report.stdout
+    for frames in ("imagined", "real"):
+        assert f"all, {frames} frames: 8 branches of 4 starts, 0.00 succeed" in report.stdout
+        assert f"held out, {frames} frames: 4 branches of 2 starts" in report.stdout
     assert "within the 0 starts with both outcomes unknown" in report.stdout
 
 
