@@ -119,6 +119,7 @@ class Episode:
     index: int = 0           # demo id, or number of the exploration episode
     camera: np.ndarray = None        # (3, 4) `Task.camera`, filled in by `load_episodes`
     wrist_frames: np.ndarray = None  # (F, 3, H, W) uint8 of the camera in the hand, where asked for
+    before: np.ndarray = (0.0,) * 14 + (-1.0,)  # (15,) change of proprio in the step before the first, its action: at rest, hand open
 
     @property
     def held_out(self):  # every fifth exploration episode, to validate simulator and reflector on
@@ -164,7 +165,7 @@ def write_libero_hdf5(path, episode: Episode, suite: str):
             raw = np.moveaxis(frames, 1, -1)[:, ::-1, ::-1]
             demo.create_dataset(f"obs/{key}", data=raw, compression="lzf", chunks=(1, *raw.shape[1:]))
         demo["obs/ee_states"], demo["obs/gripper_states"] = episode.proprio[:, :6], episode.proprio[:, 6:]
-        for key in ("actions", "states", "success", "frame_steps"):
+        for key in ("actions", "states", "success", "frame_steps", "before"):
             demo[key] = getattr(episode, key)
 
 
@@ -199,7 +200,7 @@ def read_libero_hdf5(path, demo_ids=None, wrist=False, max_frames=None) -> list[
             demo, where = data[f"demo_{i}"], f"{path}:demo_{i}"
             actions, images = demo["actions"][:].astype(np.float32), demo["obs/agentview_rgb"]
             pose, gripper = demo["obs/ee_states"][:], demo["obs/gripper_states"][:]
-            states = demo["states"][:] if "states" in demo else np.zeros((0, 0))
+            states, before = np.array(demo.get("states", np.zeros((0, 0)))), np.array(demo.get("before", Episode.before))
             check_actions(actions, where)
             require(pose.shape[1:] == (6,) and gripper.shape[1:] == (2,), f"{where}: ee_states {pose.shape} and gripper_states "
                     f"{gripper.shape}, expected (T, 6) and (T, 2) as of LIBERO's Panda; no other robot is supported")
@@ -217,7 +218,7 @@ def read_libero_hdf5(path, demo_ids=None, wrist=False, max_frames=None) -> list[
                     "record it again")
             keep = slice(None) if max_frames is None else spread(len(images), max_frames)
             episodes.append(Episode(orient(images[keep]), frame_steps[keep], proprio, actions, success, states, instruction, task,
-                                    source, i, wrist_frames=orient(demo["obs/eye_in_hand_rgb"][keep]) if wrist else None))
+                                    source, i, None, orient(demo["obs/eye_in_hand_rgb"][keep]) if wrist else None, before))
     return episodes
 
 

@@ -125,18 +125,20 @@ class Rollouts:
 
 @torch.no_grad()
 def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
-    """N rollouts from each of G starts. start_obs: frames (G, 3, H, W) uint8, proprio (G, 8), instruction, camera (G, 3, 4), horizon.
+    """N rollouts from each of G starts. start_obs: frames (G, 3, H, W) uint8, instruction, horizon, and of `world_sim.motion` proprio
+    (G, 8), camera (G, 3, 4), velocity (G, 8), previous (G, 7).
 
     Finished rollouts leave the batch: they cost nothing more and never change.
     """
     K, N, device = policy.cfg.chunk_size, cfg.rollouts, start_obs["proprio"].device
-    frames, proprio, camera = (repeat(start_obs[key], "g ... -> (g n) ...", n=N) for key in ("frames", "proprio", "camera"))
+    arm = {key: repeat(x, "g ... -> (g n) ...", n=N) for key, x in start_obs.items() if torch.is_tensor(x)}
+    frames, proprio = arm["frames"], arm["proprio"]
     instruction = [text for text in start_obs["instruction"] for _ in range(N)]
     R, C, empty = len(proprio), -(-start_obs["horizon"] // K), proprio.new_zeros
     out = Rollouts(frames=frames.new_zeros(R, C, *frames.shape[1:]), proprio=empty(R, C, 8), instruction=instruction,
                    action_chunk=empty(R, C, K, 7), old_log_prob=empty(R, C, K), mask=empty(R, C, K), reward=empty(R),
                    finish_step=torch.full((R,), C * K - 1, device=device), stopped=torch.zeros(R, dtype=torch.bool, device=device))
-    active, memory = torch.arange(R, device=device), world_sim.remember(frames, camera)
+    active, memory = torch.arange(R, device=device), world_sim.remember(frames, arm)
     seen, p_success = reflector.see(frames[:, None]), empty(R, 0)
     for chunk in range(C):
         texts = [instruction[i] for i in active]
@@ -162,10 +164,9 @@ def start_observation(episodes, cfg: Config, rng, device):
     """What `imagine` starts from: of each episode a frame at most `keyframe_starts` before its first success, or the first one."""
     horizon = cfg.keyframe_starts or int(cfg.horizon * max(task.max_steps for task in data.parse_tasks(cfg.tasks)))
     frame = [cfg.keyframe_starts and max(0, e.frame_steps.searchsorted(e.success.argmax() - rng.integers(horizon)) - 1) for e in episodes]
-    as_tensor = lambda values: torch.from_numpy(np.stack(values)).to(device)
-    return dict(frames=as_tensor([e.frames[f] for e, f in zip(episodes, frame)]),
-                proprio=as_tensor([e.proprio[e.frame_steps[f]] for e, f in zip(episodes, frame)]),
-                camera=as_tensor([e.camera for e in episodes]).float(), instruction=[e.instruction for e in episodes], horizon=horizon)
+    arm = world_sim_script.motion([(e, e.frame_steps[f]) for e, f in zip(episodes, frame)], 0, device)  # on the way it is moving
+    frames = torch.from_numpy(np.stack([e.frames[f] for e, f in zip(episodes, frame)])).to(device)
+    return arm | dict(frames=frames, instruction=[e.instruction for e in episodes], horizon=horizon)
 
 
 def rollouts_in_libero(policy, tasks, first, cfg: Config) -> Rollouts:

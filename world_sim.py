@@ -29,8 +29,6 @@ from torch import nn
 
 import data
 
-REST = [0.0, 0, 0, 0, 0, 0, -1]  # the action before an episode begins: stay, hand open
-
 
 @dataclass
 class Config:
@@ -231,8 +229,8 @@ class WorldSim(nn.Module):
     def decode(self, latents):  # (..., C, h, w) -> uint8 (..., 3, H, W), 255 levels like a real frame
         return self.to_frames(latents).round().clamp(0, 255).to(torch.uint8)
 
-    def remember(self, frames, camera) -> Memory:  # start rollouts at frames uint8 (B, 3, H, W), seen by cameras (B, 3, 4)
-        return Memory(self.encode(frames)[:, None], camera, camera.new_zeros(len(frames), 8), camera.new_tensor([REST] * len(frames)))
+    def remember(self, frames, arm) -> Memory:  # start rollouts at frames uint8 (B, 3, H, W); `arm` says how it moves there, see `motion`
+        return Memory(self.encode(frames)[:, None], arm["camera"], arm["velocity"], arm["previous"])
 
     def condition(self, recalled, proprio, actions, path, camera):
         """Memory latents (B, M, C, h, w), proprio (B, 8), actions (B, K, 7), path (B, K, 8) -> what `StackedUNet.forward` takes, and
@@ -337,11 +335,10 @@ def replay(world_sim, episodes, actions=None):
     (B, 1 + F * chunks, 3, H, W) uint8, proprio (B, 1 + chunks, 8). Short ones stand still at their end."""
     K, device = world_sim.cfg.chunk_size, world_sim.latent_mean.device
     actions = [torch.from_numpy(x) for x in actions or [e.actions for e in episodes]]
-    steps, hold = -(-max(map(len, actions)) // K) * K, torch.tensor(REST).abs()
+    steps, hold = -(-max(map(len, actions)) // K) * K, torch.tensor([0, 0, 0, 0, 0, 0, 1.0])
     actions = torch.stack([torch.cat([x, (x[-1:] * hold).repeat(steps - len(x), 1)]) for x in actions]).to(device)
-    stack = lambda values: torch.from_numpy(np.stack(values)).to(device)
-    frames, proprio = [stack([e.frames[:1] for e in episodes])], [stack([e.proprio[0] for e in episodes])]
-    memory = world_sim.remember(frames[0][:, 0], stack([e.camera for e in episodes]).float())
+    arm, frames = motion([(e, 0) for e in episodes], 0, device), [torch.from_numpy(np.stack([e.frames[:1] for e in episodes])).to(device)]
+    memory, proprio = world_sim.remember(frames[0][:, 0], arm), [arm["proprio"]]
     for chunk in actions.split(K, 1):
         imagined, after = world_sim.predict(memory, proprio[-1], chunk)
         frames.append(imagined)
@@ -367,12 +364,16 @@ def training_rows(episodes, cfg):
     return rows
 
 
+def arrival(episode, t):  # -> (15,) change of proprio in the control step that led to state t, and the action of that step
+    return np.append(episode.proprio[t] - episode.proprio[t - 1], episode.actions[t - 1]) if t else episode.before
+
+
 def motion(chunks, length, device):
-    """What the arm does in `length` steps from each of chunks [(episode, step)], for `Dynamics` and the conditions."""
+    """What the arm does before and in `length` steps from each of chunks [(episode, step)], for `Dynamics` and the conditions."""
     stack = lambda values: torch.from_numpy(np.stack(values).astype(np.float32)).to(device)
+    before = stack([arrival(e, t) for e, t in chunks])
     return dict(proprio=stack([e.proprio[t] for e, t in chunks]), camera=stack([e.camera for e, _ in chunks]),
-                velocity=stack([e.proprio[t] - e.proprio[max(t - 1, 0)] for e, t in chunks]),
-                previous=stack([e.actions[t - 1] if t else REST for e, t in chunks]),
+                velocity=before[:, :8], previous=before[:, 8:],
                 actions=stack([e.actions[t:t + length] for e, t in chunks]),
                 path=stack([e.proprio[t + 1:t + 1 + length] for e, t in chunks]))
 

@@ -23,7 +23,7 @@ import data
 import evaluate
 import ppo_loop
 import reflector as reflector_script
-from world_sim import load_world_sim, replay
+from world_sim import arrival, load_world_sim, replay
 
 STRIDE = 100_000  # between the numbers of an episode's branches; a multiple of five keeps the held-out ones held out
 
@@ -68,6 +68,7 @@ def branch(cfg, policy_path, task, index, number, length, out):
     cfg = dataclasses.replace(cfg, explore_horizon=(length + 0.5) / task.max_steps)
     record, after = evaluate.run_episode(env, policy, cfg, seed=evaluate.EXPLORE_SEED + index + STRIDE * number,
                                          explore_scale=loop.noise_scale, start=start)
+    after.before = arrival(episode, episode.frame_steps[frame])  # the arm is moving already
     data.write_libero_hdf5(out / f"{task.name}_{after.index}.hdf5", after, task.suite)
     return record
 

@@ -4,6 +4,7 @@ import dataclasses
 import numpy as np
 
 import data
+from world_sim import arrival
 
 
 def short_parts(episode, length, number=4):
@@ -21,5 +22,5 @@ def short_parts(episode, length, number=4):
         parts.append(dataclasses.replace(
             episode, frames=episode.frames[shown], frame_steps=steps[shown] - start, proprio=episode.proprio[states],
             actions=episode.actions[start:end], success=episode.success[states], states=episode.states[states],
-            index=episode.index + 5000 * (k + 1), wrist_frames=None))
+            index=episode.index + 5000 * (k + 1), wrist_frames=None, before=arrival(episode, start)))
     return parts

@@ -120,7 +120,8 @@ def imagine(world_sim, task, B, chunks=16):
     cfg, device = world_sim.cfg, world_sim.latent_mean.device
     frames = torch.randint(0, 256, (B, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8, device=device)
     proprio = torch.tensor([-0.2, 0, 1.1, 3.1, 0, 0, 0.04, -0.04], device=device).repeat(B, 1)
-    memory = world_sim.remember(frames, torch.tensor(task.camera, dtype=torch.float32, device=device).expand(B, 3, 4))
+    camera, still = torch.tensor(task.camera, dtype=torch.float32, device=device).expand(B, 3, 4), torch.zeros(B, 15, device=device)
+    memory = world_sim.remember(frames, dict(camera=camera, velocity=still[:, :8], previous=still[:, 8:]))
     for chunk in range(chunks + 1):
         began = time.perf_counter() if chunk < 2 else began
         shown, _ = world_sim.predict(memory, proprio, torch.rand(B, cfg.chunk_size, 7, device=device) * 2 - 1)

@@ -69,6 +69,8 @@ def test_branches_are_exploration_episodes_from_one_state_and_the_report_reads_t
             at = np.abs(origin.states - e.states[0]).max(1).argmin()
             assert np.allclose(origin.states[at], e.states[0], atol=1e-6) and np.array_equal(other.states[0], e.states[0]) and at % 4 == 0
             assert len(e.actions) == 18 and not np.array_equal(e.actions, other.actions)  # other noise
+            moved, rest = [*origin.proprio[at] - origin.proprio[at - 1], *origin.actions[at - 1]], [0] * 14 + [-1]
+            assert np.allclose(e.before, moved if at else rest, atol=1e-6)  # the arm is moving already
     again = branches(tmp_path, "--starts", "2")
     assert "0 of them new" in again.stdout and load().keys() == episodes.keys()
     report = branches(tmp_path, "--report")

@@ -172,10 +172,10 @@ def test_proprio_is_the_pose_of_the_gripper(env):
 # ---- files ---------------------------------------------------------------------------------------------------------------
 
 def test_hdf5_round_trip(tmp_path):
-    episode = make_episode(T=21, index=7, success_from=15, source="explore")
+    episode = dataclasses.replace(make_episode(T=21, index=7, success_from=15, source="explore"), before=np.arange(15.0))
     data.write_libero_hdf5(tmp_path / "x.hdf5", episode, "libero_goal")
     again, = data.read_libero_hdf5(tmp_path / "x.hdf5")
-    for field in ("frames", "frame_steps", "actions", "success", "states"):
+    for field in ("frames", "frame_steps", "actions", "success", "states", "before"):
         assert np.array_equal(getattr(again, field), getattr(episode, field)), field
     np.testing.assert_allclose(again.proprio, episode.proprio, atol=1e-5)
     assert (again.task, again.instruction, again.source, again.index) == (episode.task, episode.instruction, "explore", 7)

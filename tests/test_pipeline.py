@@ -129,6 +129,9 @@ def test_half_of_the_parts_of_a_success_begin_within_reach_of_it():
     starts = [[next(t for t in range(121) if np.array_equal(episode.proprio[t], part.proprio[0])) for part in
                short_parts(dataclasses.replace(episode, index=i), 20)] for i in range(30)]
     assert all(len(four) == 4 and all(81 <= t <= 100 for t in four[:2]) for four in starts)
+    for part in short_parts(episode, 20):  # the arm is moving already
+        t = next(t for t in range(121) if np.array_equal(episode.proprio[t], part.proprio[0]))
+        assert np.array_equal(part.before, [*episode.proprio[t] - episode.proprio[t - 1], *episode.actions[t - 1]])
     assert {t for *_, t in starts} & set(range(0, 21)) and {t for *_, t in starts} & set(range(60, 101))  # the others anywhere before it
     assert not short_parts(make_episode(T=12), 20)  # too short
     with pytest.raises(data.UserError, match="got --part 15, expected at least 16 control steps, or 0"):
@@ -280,6 +283,9 @@ def test_rollouts_start_from_first_frames_or_within_reach_of_a_success():
         for frame, proprio, e in zip(start["frames"].numpy(), start["proprio"].numpy(), episodes):
             at = next(i for i in range(len(e.frames)) if np.array_equal(frame, e.frames[i]))
             assert np.array_equal(proprio, e.proprio[e.frame_steps[at]]) and start["horizon"] == 15
+            t, moved = e.frame_steps[at], start["velocity"][e.index].numpy()  # on the way the arm is moving, and told to
+            assert np.array_equal(moved, e.proprio[t] - e.proprio[t - 1] if t else np.zeros(8, np.float32))
+            assert np.array_equal(start["previous"][e.index].numpy(), e.actions[t - 1] if t else [0, 0, 0, 0, 0, 0, -1])
             (early if e.index == 4 else seen).add(int(e.frame_steps[at]))
     assert seen == {16, 20, 24, 28, 32} and early == {0}  # the frame seen 1 to 15 steps before success, or the last one before that
 

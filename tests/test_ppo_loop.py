@@ -9,7 +9,7 @@ import policy as policy_script
 import ppo_loop as script
 import reflector as reflector_script
 import world_sim as world_sim_script
-from conftest import make_obs
+from conftest import make_episode, make_obs
 
 CFG = dataclasses.replace(script.PRESETS["smoke"], starts=2, rollouts=4, minibatch=8, micro_batch=2)
 R, C, K = 8, 3, 8
@@ -87,7 +87,7 @@ def imagine(models, threshold):
     """The same seed every time -> rollouts."""
     policy, world_sim, reflector = models
     reflector.threshold.fill_(threshold)
-    start_obs = make_obs(2) | dict(camera=torch.tensor(data.parse_tasks("goal:7")[0].camera).float().expand(2, 3, 4), horizon=C * K - 3)
+    start_obs = world_sim_script.motion([(make_episode(seed=i), 5) for i in range(2)], 0, "cpu") | make_obs(2) | dict(horizon=C * K - 3)
     torch.manual_seed(3)
     return script.imagine(policy, world_sim, reflector, start_obs, CFG)
 
