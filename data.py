@@ -289,10 +289,7 @@ def _render_task(root, task, missing, image_size, wrist):  # in a worker: demons
         states, actions, success, *poses = (shipped[f"{task.suite}_{task.index}/{name}_{i}"] for name in
                                             ("states", "actions", "success", "body_pos", "body_quat"))
         env.sim.model.body_pos[:], env.sim.model.body_quat[:] = poses  # fixtures are placed at reset, in the model
-        seen = []
-        for state in states:
-            env.set_state(state)
-            seen.append(env.observe())
+        seen = [env.set_state(state) or env.observe() for state in states]
         stack = lambda name: np.stack([obs[name] for obs in seen])
         episode = Episode(stack("frames"), np.arange(len(states)), stack("proprio"), actions, success, states, task.instruction,
                           task.name, "expert", i, wrist_frames=stack("wrist_frames") if wrist else None)

@@ -262,9 +262,8 @@ def evaluate_policy(policies, cfg: Config) -> dict:
         for (p, task, i, _), record in run_jobs(cfg, [(*job, str(run)) for job in todo]):
             finished[key(p, task, i)] = record | dict(stamp=stamp[p])
             append_record(log, finished[key(p, task, i)])
-    table = {}
+    table = {p: {} for p in policies}
     for p in policies:
-        table[p] = {}
         for task in tasks:
             records = [finished[key(p, task, i)] for i in states]
             successes = sum(r["success"] for r in records)
