@@ -2,10 +2,11 @@
 
 LOOP compares rollouts of one start with each other. Its reward teaches something if, of two that begin alike, the one that would succeed in
 LIBERO gets more of it; that it tells one start from another says little about that. So this plays it out: from states of successful
-exploration episodes, before the success, where LOOP's rollouts start too, the noisy SFT policy goes on several times in LIBERO. These
-branches are exploration episodes like any other: simulator and reflector learn from them if trained afterwards, but not from those of
-held-out episodes. `--report` gives the ROC AUC within a start, of these alone and of all: 0.5 where the reward is chance. It does so on
-imagined frames, LOOP's, and on the real ones: where only the first is chance the simulator is at fault, not the judge. Noise: LOOP's.
+exploration episodes, before the success, where LOOP's rollouts start too, or (`--failures`) of failed ones, as late as if they had
+succeeded when another of their task did, the noisy SFT policy goes on several times in LIBERO. These branches are exploration episodes
+like any other: simulator and reflector learn from them if trained afterwards, but not from those of held-out episodes. `--report` gives
+the ROC AUC within a start, of these alone and of all: 0.5 where the reward is chance. It does so on imagined frames, LOOP's, and on the
+real ones: where only the first is chance the simulator is at fault, not the judge. Noise: LOOP's.
 
   python data/branches.py --tasks goal            # a few minutes; delete world_sim.pt, imagined/ and reflector.pt to learn from them
   python data/branches.py --tasks goal --report   # replays them in world_sim.pt, judged by reflector.pt
@@ -35,6 +36,7 @@ class Config:
     preset: str = "tiny"  # smoke, tiny or base
     seed: int = 0  # of starts and sampled actions
     starts: int = 5  # per task: so many successful exploration episodes
+    failures: bool = False  # or failed ones, of tasks in which another one succeeds
     rollouts: int = 8  # branches of each
     length: int = 90  # control steps of a branch, and the most that lie between its start and the episode's success
     workers: int = 2  # simulator processes
@@ -53,14 +55,19 @@ def resume_at(env, episode, step):
     return env.observe()
 
 
-def branch(cfg, policy_path, task, index, number, length, out):
-    """Runs in a worker: branch `number` of exploration episode `index` to an HDF5 file -> its record."""
+def start_frame(episode, success_steps, cfg):
+    """The one frame where all branches of `episode` start, picked as LOOP picks it: before its success, or before one of others'."""
+    rng = np.random.default_rng((cfg.seed, episode.index))
+    step = rng.choice(success_steps) - rng.integers(cfg.length)
+    return int(np.clip(episode.frame_steps.searchsorted(step) - 1, 0, len(episode.frames) - 2))
+
+
+def branch(cfg, policy_path, task, index, number, frame, length, out):
+    """Runs in a worker: branch `number` of exploration episode `index` from its frame `frame` to an HDF5 file -> its record."""
     loop, policy = ppo_loop.PRESETS[cfg.preset], evaluate._cached_policy(policy_path)
     policy.cfg = dataclasses.replace(policy.cfg, min_log_scale=loop.min_log_scale)
     env = evaluate._open_env(task, policy.cfg.image_size, policy.cfg.cameras == 2)
     (episode,) = data.read_libero_hdf5(out / f"{task.name}_{index}.hdf5")
-    rng = np.random.default_rng((cfg.seed, index))  # all branches of an episode start at one frame, picked as LOOP picks it
-    frame = max(0, episode.frame_steps.searchsorted(episode.success.argmax() - rng.integers(length)) - 1)
 
     def start(env):
         env.reset(seed=evaluate.EXPLORE_SEED + index)
@@ -78,10 +85,15 @@ def explore(cfg: Config, tasks, run):
     data.load_checkpoint(policy, "policy")
     episodes, rng, jobs = data.load_episodes(out, tasks, kinds=("explore",)), np.random.default_rng(cfg.seed), []
     for task in tasks:
-        solved = [e.index for e in episodes if e.task == task.name and e.success[1:].any() and e.index < STRIDE]
-        jobs += [(str(policy), task, index, number, cfg.length, out) for index in rng.permutation(sorted(solved))[:cfg.starts].tolist()
-                 for number in range(1, cfg.rollouts + 1)]
-    data.require(jobs, f"no exploration episode below {out} succeeds: there is no way to a success to branch off from")
+        whole = {e.index: e for e in episodes if e.task == task.name and e.index < STRIDE}
+        steps = {index: [e.success.argmax()] for index, e in whole.items() if e.success[1:].any()}
+        if cfg.failures:
+            steps = {index: sum(steps.values(), []) for index in whole.keys() - steps.keys() if steps}
+        for index in rng.permutation(sorted(steps))[:cfg.starts].tolist():
+            frame = start_frame(whole[index], steps[index], cfg)
+            jobs += [(str(policy), task, index, number, frame, cfg.length, out) for number in range(1, cfg.rollouts + 1)]
+    data.require(jobs, f"no exploration episode below {out} {'fails where another of its task ' * cfg.failures}succeeds: there is no way "
+                 "to a success to branch off from")
     todo = [job for job in jobs if not (out / f"{job[1].name}_{job[2] + STRIDE * job[3]}.hdf5").exists()]
     settings = dataclasses.replace(evaluate.PRESETS[cfg.preset], explore=True, seed=cfg.seed, workers=cfg.workers)
     records = [record for _, record in evaluate.run_jobs(settings, todo, branch)] if todo else []

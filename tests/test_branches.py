@@ -1,5 +1,6 @@
 """data/branches.py: exploration that goes on several times from one state, and what it says about LOOP's reward."""
 import dataclasses
+import json
 import runpy
 import shutil
 import subprocess
@@ -79,6 +80,16 @@ def test_branches_are_exploration_episodes_from_one_state_and_the_report_reads_t
         assert f"all, {frames} frames: 8 branches of 4 starts, 0.00 succeed" in report.stdout
         assert f"held out, {frames} frames: 4 branches of 2 starts" in report.stdout
     assert "within the 0 starts with both outcomes unknown" in report.stdout
+    gap = subprocess.run([sys.executable, ROOT / "evaluate.py", "--tasks", "goal:1,7", "--preset", "smoke", "--report"], cwd=tmp_path,
+                         capture_output=True, text=True)  # of whole episodes, branches or not
+    assert gap.returncode == 0, gap.stderr[-2000:]
+    held_out = sum(e.held_out and index < 100_000 for (_, index), e in episodes.items())
+    assert json.loads((run / "report.json").read_text())["agreement"]["episodes"] == held_out == 2
+    failures = branches(tmp_path, "--starts", "1", "--failures")
+    assert failures.returncode == 0, failures.stderr[-2000:]
+    assert "4 branches" in failures.stdout and "4 of them new" in failures.stdout
+    new = load().keys() - episodes.keys()
+    assert len(new) == 4 and not any(episodes[task, index % 100_000].success.any() for task, index in new)
 
 
 @pytest.mark.parametrize("flags", [("--starts", "0"), ("--length", "0")])
