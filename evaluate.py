@@ -474,10 +474,9 @@ def report(cfg: Config):
     explored = data.load_episodes(run / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",))
     episodes = [e for e in explored if e.held_out and e.index < 100_000]  # without data/branches.py's: parts, and not of every episode
     real = [at_chunk_ends(e, world_sim.cfg.chunk_size) for e in episodes]
-    outcome = lambda wanted: [e for e in episodes if e.success.any() == wanted]
     result = dict(world_sim=evaluate_world_sim(world_sim, episodes) | stability(world_sim, episodes)
-                  | {f"{name}_episodes": evaluate_world_sim(world_sim, part) for name, part in
-                     dict(successful=outcome(True), failed=outcome(False)).items() if part},
+                  | {f"{name}_episodes": evaluate_world_sim(world_sim, part) for name, wanted in
+                     dict(successful=True, failed=False).items() if (part := [e for e in episodes if e.success.any() == wanted])},
                   agreement=success_agreement(world_sim, reflector, episodes), reflector=evaluate_reflector(reflector, real),
                   reflector_on_imagined=evaluate_reflector(reflector, twins := imagined_twins(world_sim, episodes)))
     for e, twin in zip(real, twins):
