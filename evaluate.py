@@ -60,7 +60,7 @@ class Config:
 
 PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", episodes=1, max_steps=16, explore_episodes=5, explore_horizon=0.08),
            "base": Config(preset="base"), "paper": Config(preset="paper", frame_every=1)}
-EXPLORE_SEED, LAYOUT_SEED = 5000, 100_000  # first reset seeds of exploration and `rollouts`; demonstrations use 1000 and up
+EXPLORE_SEED, STRIDE = 5000, 100_000  # first reset seed of exploration (demonstrations: 1000); from an episode's number to its branches'
 
 
 # ---- statistics ----------------------------------------------------------------------------------------------------------
@@ -327,26 +327,27 @@ def keep_best(best, policy, iteration, cfg):
 
 # ---- rollouts for ppo_loop.py --env libero ---------------------------------------------------------------------------------
 
-def _rollouts_job(cfg, policy_path, task, layout, N):
-    """Runs in a worker: N noisy rollouts from the layout of seed `layout` -> their records with what `ppo_loop.Rollouts` holds of each."""
-    policy, records = _cached_policy(policy_path), []
-    env = _open_env(task, policy.cfg.image_size, policy.cfg.cameras == 2)
-    for number in range(N):
-        record, episode = run_episode(env, policy, dataclasses.replace(cfg, seed=number), seed=layout, explore_scale=cfg.noise_scale[0])
+def _rollouts_job(cfg, policy_path, task, episode, frame, seed):
+    """Runs in a worker: noisy rollouts from a frame of an exploration episode -> their records with what `ppo_loop.Rollouts` holds."""
+    policy, start = _cached_policy(policy_path), lambda env: data.beside("resume_at")(env, episode, episode.frame_steps[frame])
+    env, records = _open_env(task, policy.cfg.image_size, policy.cfg.cameras == 2), []
+    cfg = dataclasses.replace(cfg, explore_horizon=(cfg.max_steps + 0.5) / task.max_steps)
+    for n in range(cfg.episodes):
+        record, after = run_episode(env, policy, dataclasses.replace(cfg, seed=n), seed=seed, explore_scale=cfg.noise_scale[0], start=start)
         C, K = record["log_prob"].shape  # chunks queried
-        records.append(record | dict(frames=episode.frames[:C], proprio=episode.proprio[::K][:C], instruction=task.instruction))
+        records.append(record | dict(frames=after.frames[:C], proprio=after.proprio[::K][:C], instruction=task.instruction))
     return dict(success=np.mean([record["ever_success"] for record in records]), records=records)
 
 
-def rollouts(policy, tasks, first, cfg):
-    """With the flags `cfg` of ppo_loop.py, its rollouts of each task from a layout of its own, `first` and up -> records, in order."""
-    settings = dataclasses.replace(PRESETS[cfg.preset], explore=True, explore_horizon=cfg.horizon, noise_scale=(cfg.noise_scale,),
-                                   frame_every=policy.cfg.chunk_size, past_success=0)
-    first += LAYOUT_SEED * (1 + cfg.seed)
-    with candidate(policy) as path:
-        jobs = [(path, task, layout, cfg.rollouts) for layout, task in enumerate(tasks, first)]  # a simulator takes seconds to build
-        finished = dict(run_jobs(settings, jobs, _rollouts_job))
-    return [record for job in jobs for record in finished[job]["records"]]
+def rollouts(policy, starts, horizon, first, cfg):
+    """With the flags `cfg` of ppo_loop.py, its rollouts from `starts`, with noise of their own, `first` and up -> records, in order."""
+    settings = dataclasses.replace(PRESETS[cfg.preset], explore=True, episodes=cfg.rollouts, max_steps=horizon, past_success=0,
+                                   noise_scale=(cfg.noise_scale,), frame_every=policy.cfg.chunk_size)
+    tasks, first = {task.name: task for task in data.parse_tasks(cfg.tasks)}, first + STRIDE * (1 + cfg.seed)
+    with candidate(policy) as path:  # by task, because a simulator takes seconds to build
+        jobs = sorted([(path, tasks[e.task], e, frame, seed) for seed, (e, frame) in enumerate(starts, first)], key=lambda job: job[1].name)
+        finished = {job[-1]: done["records"] for job, done in run_jobs(settings, jobs, _rollouts_job)}
+    return [record for seed in sorted(finished) for record in finished[seed]]
 
 
 # ---- exploration data ------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Config:
     run: str = ""  # name below runs/; empty: tasks and preset, goal-tiny
     preset: str = "tiny"  # smoke, tiny or base, for every stage; other flags override it
     seed: int = 0  # of every stage
-    env: str = "world_sim"  # where rollouts happen: world_sim, or libero with its own success as reward (RIPT-VLA, arXiv 2505.17016)
+    env: str = "world_sim"  # where rollouts happen: world_sim, or libero with its own success as reward, as in RIPT-VLA
     explore: bool = True  # exploration episodes for simulator, reflector and starts; --no-explore: the paper's ablation
     judge: str = "reward_head"  # or binary, the paper's ablation, see reflector.py
     iterations: int = 60  # collect rollouts, update, repeat
@@ -55,7 +55,7 @@ class Config:
     rollouts: int = 8  # N, rollouts per start state
     micro_starts: int = 6  # imagined at once; 48 rollouts stay in a CPU's caches, a GPU wants more
     keyframe_starts: int = 90  # control steps: rollouts start at most so long before a success, and last as long
-    horizon: float = 0.8  # with `--keyframe-starts 0`, and in LIBERO, they start from first frames and last up to this fraction
+    horizon: float = 0.8  # with `--keyframe-starts 0` they start from first frames and last up to this fraction of an episode
     noise_scale: float = 3.0  # the Laplace scale times this, in sampling and in density; RIPT-VLA: 5, the paper: none
     min_log_scale: float = -3.0  # floor of the log-scale, before that, whatever SFT's was; RIPT-VLA: -2
     clip_eps: float = 0.1  # of the PPO ratio
@@ -160,18 +160,21 @@ def imagine(policy, world_sim, reflector, start_obs, cfg: Config) -> Rollouts:
     return out
 
 
-def start_observation(episodes, cfg: Config, rng, device):
-    """What `imagine` starts from: of each episode a frame at most `keyframe_starts` before its first success, or the first one."""
-    horizon = cfg.keyframe_starts or int(cfg.horizon * max(task.max_steps for task in data.parse_tasks(cfg.tasks)))
-    frame = [cfg.keyframe_starts and max(0, e.frame_steps.searchsorted(e.success.argmax() - rng.integers(horizon)) - 1) for e in episodes]
-    arm = world_sim_script.motion([(e, e.frame_steps[f]) for e, f in zip(episodes, frame)], 0, device)  # on the way it is moving
-    frames = torch.from_numpy(np.stack([e.frames[f] for e, f in zip(episodes, frame)])).to(device)
-    return arm | dict(frames=frames, instruction=[e.instruction for e in episodes], horizon=horizon)
+def start_frame(e, cfg: Config, rng):
+    """Number of the frame of episode `e` where rollouts start: at most `keyframe_starts` before its first success, or the first one."""
+    return cfg.keyframe_starts and max(0, e.frame_steps.searchsorted(e.success.argmax() - rng.integers(cfg.keyframe_starts)) - 1)
 
 
-def rollouts_in_libero(policy, tasks, first, cfg: Config) -> Rollouts:
-    """What `imagine` gives, from the real simulator with its success as reward: of G tasks, on the fresh layouts `first` and up."""
-    records, device = gather_object(evaluate.rollouts(policy, tasks, first, cfg)), policy.action_bounds.device
+def start_observation(starts, horizon, device):
+    """What `imagine` starts from. starts: G of (episode, number of a frame); horizon: control steps of a rollout."""
+    arm = world_sim_script.motion([(e, e.frame_steps[f]) for e, f in starts], 0, device)  # on the way it is moving
+    frames = torch.from_numpy(np.stack([e.frames[f] for e, f in starts])).to(device)
+    return arm | dict(frames=frames, instruction=[e.instruction for e, _ in starts], horizon=horizon)
+
+
+def rollouts_in_libero(policy, starts, horizon, first, cfg: Config) -> Rollouts:
+    """What `imagine` gives, from the real simulator with its success as reward. starts: G of (exploration episode, number of a frame)."""
+    records, device = gather_object(evaluate.rollouts(policy, starts, horizon, first, cfg)), policy.action_bounds.device
     pad = lambda key: torch.nn.utils.rnn.pad_sequence([torch.from_numpy(r[key]) for r in records], batch_first=True).to(device)
     of_each = lambda key: torch.tensor([r[key] for r in records], device=device)
     action_chunk, finish_step = pad("action_chunk"), of_each("steps") - 1
@@ -233,16 +236,16 @@ def train(cfg: Config):
     checkpoint, finished = data.resume(path, "policy_rl", cfg, device, key="ppo_config", ignore=("run", "eval_episodes"))
     if finished:
         return print(f"{path} is finished ({cfg.iterations} iterations); delete it to train again")
-    policy, starts = policy_script.load_policy(run / "policy_sft.pt", device), data.parse_tasks(cfg.tasks)
-    demos, policy.noise_scale = data.load_checkpoint(run / "policy_sft.pt", "policy_sft")["demos"], cfg.noise_scale
-    policy.cfg = replace(policy.cfg, min_log_scale=cfg.min_log_scale)
-    if cfg.env == "world_sim":
-        world_sim = world_sim_script.load_world_sim(run / "world_sim.pt", device)
-        reflector = reflector_script.load_reflector(run / "reflector.pt", device)
-        starts, _ = data.training_episodes(cfg, policy.cfg.image_size, policy.cfg.demos_per_task, ("expert", "explore")[:1 + cfg.explore])
-        solved = {e.task for e in starts if e.source == "explore" and e.success.any()}  # elsewhere a reward would be the reflector's error
-        starts = [e for e in starts if e.task in solved and (e.success.any() or not cfg.keyframe_starts)] or starts
-    tasks = [getattr(start, "task", start) for start in starts]
+    demos, policy = data.load_checkpoint(run / "policy_sft.pt", "policy")["demos"], policy_script.load_policy(run / "policy_sft.pt", device)
+    policy.cfg, policy.noise_scale = replace(policy.cfg, min_log_scale=cfg.min_log_scale), cfg.noise_scale
+    imagined = cfg.env == "world_sim" and (world_sim_script.load_world_sim(run / "world_sim.pt", device),
+                                           reflector_script.load_reflector(run / "reflector.pt", device))
+    kinds = ("expert", "explore")[:1 + cfg.explore] if imagined else ("explore",)  # no state tells where a demonstration's fixtures were
+    starts, _ = data.training_episodes(cfg, policy.cfg.image_size, policy.cfg.demos_per_task, kinds)
+    solved = {e.task for e in starts if e.source == "explore" and e.success.any()}  # elsewhere a reward would be the reflector's error
+    starts = [e for e in starts if e.task in solved and (e.success.any() or not cfg.keyframe_starts)] or starts
+    horizon = cfg.keyframe_starts or int(cfg.horizon * max(task.max_steps for task in data.parse_tasks(cfg.tasks)))
+    tasks = [e.task for e in starts]
     weight = np.array([1 / tasks.count(task) for task in tasks]) / len(set(tasks))  # each task is as likely
     data.require(policy.cfg.cameras == 1, "this policy looks through two cameras, the simulator imagines one; train it with --cameras 1")
     samples = cfg.sft_weight and policy_script.dataset(data.load_episodes(
@@ -258,28 +261,28 @@ def train(cfg: Config):
                                    disable=rank > 0)):
         torch.manual_seed((cfg.seed * 1_000_003 + iteration) * 64 + rank)  # randomness depends on these alone: resuming is exact
         rng, share, began = np.random.default_rng((cfg.seed, iteration)), cfg.starts // ranks, time.time()
-        picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, cfg.starts > len(starts), weight)][rank * share:][:share]
+        picked = [starts[i] for i in rng.choice(len(starts), cfg.starts, cfg.starts > len(starts), weight)]
+        picked = [(e, start_frame(e, cfg, rng)) for e in picked][rank * share:][:share]
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1, (iteration + 1) / cfg.warmup) * (1 - iteration / cfg.iterations)
-        if cfg.env == "world_sim":
-            parts = [start_observation(picked[i:i + cfg.micro_starts], cfg, rng, device) for i in range(0, share, cfg.micro_starts)]
-            rollouts = data.beside("gather")([imagine(policy, world_sim, reflector, part, cfg) for part in parts])
+        if imagined:
+            parts = [start_observation(picked[i:i + cfg.micro_starts], horizon, device) for i in range(0, share, cfg.micro_starts)]
+            rollouts = data.beside("gather")([imagine(policy, *imagined, part, cfg) for part in parts])
         else:
-            rollouts = rollouts_in_libero(policy, picked, iteration * cfg.starts + rank * share, cfg)
+            rollouts = rollouts_in_libero(policy, picked, horizon, iteration * cfg.starts + rank * share, cfg)
         torch.manual_seed(cfg.seed * 1_000_003 + iteration)  # the same minibatches in every process
         collected = time.time()
         metrics = update(policy, optimizer, rollouts, cfg, samples) | dict(collect_s=collected - began, update_s=time.time() - collected)
         metrics |= dict(real_steps=rollouts.mask.sum() * (cfg.env == "libero"))
         no_spread = no_spread + 1 if metrics["useful_groups"] == 0 else 0
         bar.set_postfix({k: f"{float(metrics[k]):.3f}" for k in "reward stop_rate group_spread useful_groups approx_kl clip_frac".split()})
-        if rank == 0:
-            data.log(run, "ppo_loop", iteration + 1, metrics)
         if cfg.eval_every and (iteration + 1) % cfg.eval_every == 0:
             best, fallen = evaluate.keep_best(best, policy, iteration + 1, cfg)
         finished = fallen or iteration + 1 == cfg.iterations
         if finished and best:
             policy.load_state_dict(best["model"])
         if rank == 0:
+            data.log(run, "ppo_loop", iteration + 1, metrics)
             data.save_checkpoint(path, "policy_rl", policy.cfg, policy, ppo_config=data.plain(cfg), optimizer=optimizer.state_dict(),
                                  step=iteration + 1, finished=finished, no_spread=no_spread, best=None if finished else best,
                                  metrics={k: float(v) for k, v in metrics.items()}, demos=demos,
@@ -317,7 +320,7 @@ def main(cfg: Config):
                   imagine=(evaluate.imagine, preset(evaluate)),
                   reflector=(reflector_script.train, preset(reflector_script, "reflector", demos=cfg.demos, judge=cfg.judge, kinds=kinds)),
                   ppo_loop=(train, cfg))
-    needless = ("explore", "imagine") * (not cfg.explore) + ("explore", "world_sim", "imagine", "reflector") * (cfg.env == "libero")
+    needless = ("explore", "imagine") * (not cfg.explore) + ("world_sim", "imagine", "reflector") * (cfg.env == "libero")
     stages = {name: stage for name, stage in stages.items() if name not in needless}
     for number, (name, (stage, config)) in enumerate(stages.items(), 1):
         print(f"\n[{number}/{len(stages) + 1}] {name}")
@@ -331,7 +334,7 @@ def main(cfg: Config):
     earlier = json.loads(path.read_text())["seconds"] if (path := run / "results.json").exists() else {}
     seconds = {name: max(spent, earlier.get(name, 0)) for name, spent in seconds.items()}  # what was finished took its time then
     data.beside("save_json")(path, result | dict(seconds=seconds | dict(total=sum(seconds.values()))))
-    if "explore" in stages:
+    if "imagine" in stages:
         evaluate.report(eval_cfg)
     data.beside("print_table")(result)
     print(f"{sum(seconds.values()) / 60:.0f} min on {result['hardware']}; details: {path}, videos: {run / 'videos'}")

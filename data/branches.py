@@ -26,7 +26,7 @@ import ppo_loop
 import reflector as reflector_script
 from world_sim import arrival, load_world_sim, replay
 
-STRIDE = 100_000  # between the numbers of an episode's branches; a multiple of five keeps the held-out ones held out
+STRIDE = evaluate.STRIDE  # between the numbers of an episode's branches; a multiple of five keeps the held-out ones held out
 
 
 @dataclasses.dataclass
@@ -46,15 +46,6 @@ class Config:
 PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", starts=1, rollouts=2, length=18), "base": Config(preset="base")}
 
 
-def resume_at(env, episode, step):
-    """Put `env`, freshly reset to the layout of `episode`, where that was after `step` control steps -> observation."""
-    substeps = round(env.env.env.control_timestep / env.env.env.model_timestep)
-    for action in episode.actions[:step, 6:].repeat(substeps, 0):
-        env.env.robots[0].gripper.format_action(action)  # robosuite ramps the fingers: where they are told to be is in no state
-    env.set_state(episode.states[step])
-    return env.observe()
-
-
 def start_frame(episode, success_steps, cfg):
     """The one frame where all branches of `episode` start, picked as LOOP picks it: before its success, or before one of others'."""
     rng = np.random.default_rng((cfg.seed, episode.index))
@@ -68,10 +59,7 @@ def branch(cfg, policy_path, task, index, number, frame, length, out):
     policy.cfg = dataclasses.replace(policy.cfg, min_log_scale=loop.min_log_scale)
     env = evaluate._open_env(task, policy.cfg.image_size, policy.cfg.cameras == 2)
     (episode,) = data.read_libero_hdf5(out / f"{task.name}_{index}.hdf5")
-
-    def start(env):
-        env.reset(seed=evaluate.EXPLORE_SEED + index)
-        return resume_at(env, episode, episode.frame_steps[frame])
+    start = lambda env: data.beside("resume_at")(env, episode, episode.frame_steps[frame])
     cfg = dataclasses.replace(cfg, explore_horizon=(length + 0.5) / task.max_steps)
     record, after = evaluate.run_episode(env, policy, cfg, seed=evaluate.EXPLORE_SEED + index + STRIDE * number,
                                          explore_scale=loop.noise_scale, start=start)

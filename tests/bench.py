@@ -213,8 +213,9 @@ def loop(cfg: Config, loop_cfg=ppo_loop.PRESETS["tiny"]):
         for number in range(cfg.rounds):
             torch.manual_seed(number)
             rng = np.random.default_rng(number)
-            starts = [episodes[i] for i in rng.integers(len(episodes), size=loop_cfg.starts)]
-            rollouts = ppo_loop.imagine(policy, world_sim, reflector, ppo_loop.start_observation(starts, loop_cfg, rng, "cpu"), loop_cfg)
+            starts = [(episodes[i], ppo_loop.start_frame(episodes[i], loop_cfg, rng)) for i in rng.integers(len(episodes), size=loop_cfg.starts)]
+            start = ppo_loop.start_observation(starts, loop_cfg.keyframe_starts, "cpu")
+            rollouts = ppo_loop.imagine(policy, world_sim, reflector, start, loop_cfg)
             ppo_loop.update(policy, optimizer, rollouts, loop_cfg, samples)
             executed += int(rollouts.mask.sum())
         whole = (time.perf_counter() - began) / cfg.rounds

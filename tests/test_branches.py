@@ -26,9 +26,9 @@ def test_a_branch_that_repeats_the_actions_ends_where_the_episode_did(env):
         states.append(env.state()), proprio.append(env.proprio())
         env.step_chunk(action[None], render=False)
     last = env.proprio()
-    episode = data.Episode(None, None, None, actions, None, np.stack(states), "", "", "explore")
-    env.reset(seed=5003)
-    obs = BRANCHES["resume_at"](env, episode, 12)
+    episode = data.Episode(None, None, None, actions, None, np.stack(states), "", "", "explore", index=100_003)  # a branch of the third
+    env.reset(seed=5004)
+    obs = data.beside("resume_at")(env, episode, 12)
     assert np.allclose(obs["proprio"], proprio[12], atol=3e-3) and obs["frames"].shape == (3, 64, 64)
     env.step_chunk(actions[12:], render=False)
     assert np.abs(env.proprio() - last)[:6].max() < 1e-3 and np.abs(env.proprio() - last)[6:].max() < 1e-4

@@ -265,8 +265,9 @@ def test_a_real_rollout_ends_with_the_step_that_succeeds(monkeypatch, succeeds_a
     monkeypatch.setattr(data, "LiberoEnv", lambda task, image_size, wrist: ScriptedEnv(succeeds_at))
     monkeypatch.setattr(evaluate, "_cached_policy", lambda path: ScriptedPolicy())
     monkeypatch.setattr(evaluate, "_cached_env", {})
-    cfg = evaluate.Config(explore=True, explore_horizon=0.2, noise_scale=(3.0,), frame_every=8, past_success=0)
-    rollouts = evaluate._rollouts_job(cfg, "policy_candidate.pt", ScriptedEnv.task, 100_000, 2)
+    monkeypatch.setattr(data, "beside", lambda name: lambda env, episode, step: env.reset(seed=episode.index))
+    cfg = evaluate.Config(explore=True, max_steps=20, noise_scale=(3.0,), frame_every=8, past_success=0, episodes=2)
+    rollouts = evaluate._rollouts_job(cfg, "policy_candidate.pt", ScriptedEnv.task, SimpleNamespace(index=3, frame_steps=[0, 4]), 1, 100_000)
     record, queries = rollouts["records"][1], -(-steps // 8)
     assert len(rollouts["records"]) == 2 and rollouts["success"] == record["ever_success"]
     assert (record["steps"], record["ever_success"], record["noise_scale"]) == (steps, succeeds_at <= 20, 3.0)
@@ -274,12 +275,22 @@ def test_a_real_rollout_ends_with_the_step_that_succeeds(monkeypatch, succeeds_a
     assert record["action_chunk"].shape == (queries, 8, 7) and record["log_prob"].shape == (queries, 8)
 
 
-def test_every_loop_has_layouts_and_noise_of_its_own(monkeypatch):
+def test_every_iteration_and_every_loop_has_noise_of_its_own(monkeypatch):
+    """Jobs come task by task, because a simulator takes seconds to build, records in the order of the starts."""
+    sent = []
+
+    def run_jobs(cfg, jobs, work):
+        sent.extend((job[1].index, cfg.max_steps, cfg.noise_scale) for job in jobs)
+        return [(job, dict(records=[(job[2].task, *job[3:], n) for n in range(cfg.episodes)])) for job in reversed(jobs)]
     monkeypatch.setattr(evaluate, "candidate", lambda policy: contextlib.nullcontext("policy_candidate.pt"))
-    monkeypatch.setattr(evaluate, "run_jobs", lambda cfg, jobs, work: [(job, dict(records=[(*job[1:3], n) for n in range(job[3])])) for job in jobs])
-    loop = lambda seed, first: evaluate.rollouts(ScriptedPolicy(), ["a", "b"], first, SimpleNamespace(preset="tiny", horizon=0.6, noise_scale=3.0, rollouts=2, seed=seed))
-    assert loop(0, 6) == [("a", 100_006, 0), ("a", 100_006, 1), ("b", 100_007, 0), ("b", 100_007, 1)]
-    assert not set(loop(0, 0)) & set(loop(0, 2)) and not set(loop(0, 0)) & set(loop(1, 0))
+    monkeypatch.setattr(evaluate, "run_jobs", run_jobs)
+    bowl, stove = (SimpleNamespace(task=task.name) for task in data.parse_tasks("goal:1,7"))
+    loop = lambda seed, first: [record[1:] for record in evaluate.rollouts(ScriptedPolicy(), [(stove, 5), (bowl, 2), (stove, 0)], 90, first, SimpleNamespace(
+        preset="tiny", tasks="goal:1,7", noise_scale=3.0, rollouts=2, seed=seed))]
+    assert loop(0, 6) == [(5, 100_006, 0), (5, 100_006, 1), (2, 100_007, 0), (2, 100_007, 1), (0, 100_008, 0), (0, 100_008, 1)]
+    assert sent == [(1, 90, (3.0,)), (7, 90, (3.0,)), (7, 90, (3.0,))]
+    noise = lambda seed, first: {record[1:] for record in loop(seed, first)}
+    assert not noise(0, 0) & noise(0, 3) and not noise(0, 0) & noise(1, 0)
 
 
 @pytest.mark.parametrize("frame_every", [4, 8])

@@ -172,23 +172,30 @@ def test_the_loop_in_real_libero_needs_no_simulator_and_no_reflector(smoke_run, 
     torch.save(by_itself, "runs/real/policy_sft.pt")
     with pytest.raises(data.UserError, match="made with seed=0, asked for 1"):
         ppo_loop.main(dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:1,7", run="real", env="libero", seed=1))
+    with pytest.raises(data.UserError, match="explore not found; run: python evaluate.py --explore"):  # its rollouts start there
+        ppo_loop.train(dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:1,7", run="real", env="libero", explore=False))
     capsys.readouterr()
     run_script(ppo_loop, *TASKS, "--env", "libero", "--run", "real", "--iterations", "1", "--rollouts", "2")
     out, result = capsys.readouterr().out, json.loads(Path("runs/real/results.json").read_text())
-    assert {path.name for path in Path("runs/real").iterdir()} == {"policy_sft.pt", "policy_rl.pt", "ppo_loop.jsonl", "episodes.jsonl", "results.json", "videos"}
-    assert [line[:5] for line in out.splitlines() if line[:1] == "["] == ["[1/3]", "[2/3]", "[3/3]"]
-    assert result["real_interactions"] == 2 * 2 * int(0.06 * 300) and result["exploration_episodes"] == 0 and "72 steps, 0 exploration" in out
+    assert {path.name for path in Path("runs/real").iterdir()} == {"policy_sft.pt", "policy_rl.pt", "explore", "explore.jsonl", "ppo_loop.jsonl",
+                                                                   "episodes.jsonl", "results.json", "videos"}
+    assert [line[:5] for line in out.splitlines() if line[:1] == "["] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    explored = sum(record["steps"] for record in evaluate.read_records("runs/real/explore.jsonl"))
+    assert result["real_interactions"] == explored + 2 * 2 * 18 and result["exploration_episodes"] == 10 and "2 x 2 rollouts in libero" in out
 
 
-def test_real_rollouts_of_one_start_share_it_and_the_update_sees_the_density_that_sampled(smoke_run, monkeypatch):
-    """Of two tasks, so that simulator processes change between them; half of the rollouts are said to succeed."""
-    model, tasks = policy.load_policy(smoke_run.run / "policy_sft.pt"), data.parse_tasks("goal:1,7")
+def test_real_rollouts_of_one_start_share_it_and_the_update_sees_the_density_that_sampled(smoke_run):
+    """Of two tasks, so that simulator processes change between them, on the way and at the beginning; half are said to succeed."""
+    model = policy.load_policy(smoke_run.run / "policy_sft.pt")
     model.noise_scale = 3.0
     cfg = dataclasses.replace(ppo_loop.PRESETS["smoke"], tasks="goal:1,7", rollouts=2, env="libero", noise_scale=3.0)
-    rollouts = ppo_loop.rollouts_in_libero(model, tasks, 0, cfg)
+    stove, bowl = (data.read_libero_hdf5(smoke_run.run / "explore" / f"{name}_1.hdf5")[0] for name in ("turn_on_the_stove", "put_the_bowl_on_the_stove"))
+    rollouts = ppo_loop.rollouts_in_libero(model, [(stove, 3), (bowl, 0)], 18, 0, cfg)
     assert rollouts.frames.shape == (4, 3, 3, 32, 32) and rollouts.mask.flatten(1).sum(1).tolist() == [18] * 4 and not rollouts.stopped.any()
-    assert rollouts.instruction == [task.instruction for task in tasks for _ in range(2)]
-    assert torch.equal(rollouts.frames[::2, 0], rollouts.frames[1::2, 0]) and not torch.equal(rollouts.frames[0, 0], rollouts.frames[2, 0])
+    assert rollouts.instruction == [episode.instruction for episode in (stove, bowl) for _ in range(2)]
+    for first, frame, proprio in ((0, stove.frames[3], stove.proprio[stove.frame_steps[3]]), (2, bowl.frames[0], bowl.proprio[0])):
+        assert np.abs(rollouts.frames[first, 0].numpy() - frame.astype(float)).mean() < 1 and torch.equal(rollouts.frames[first, 0], rollouts.frames[first + 1, 0])
+        np.testing.assert_allclose(rollouts.proprio[first, 0], proprio, atol=3e-3)  # recorded before MuJoCo's last forward kinematics
     assert len(torch.unique(rollouts.action_chunk[:, 0], dim=0)) == 4 and not torch.equal(rollouts.frames[0, 2], rollouts.frames[1, 2])
     before = [p.clone() for p in model.parameters()]
     metrics = ppo_loop.update(model, torch.optim.SGD(model.parameters(), lr=1e-3), dataclasses.replace(rollouts, reward=torch.tensor([1.0, 0, 0, 1])), cfg)
@@ -259,7 +266,7 @@ def test_the_scale_has_the_floor_of_the_loop_in_rollouts_and_update(in_smoke_run
 
 @pytest.mark.parametrize("solved", ["turn_on_the_stove", None])
 def test_rollouts_start_in_tasks_that_exploration_solved_where_there_are_any(in_smoke_run, monkeypatch, solved):
-    training_episodes, start_observation, started = data.training_episodes, ppo_loop.start_observation, set()
+    training_episodes, start_frame, started = data.training_episodes, ppo_loop.start_frame, set()
 
     def with_success(*args):
         episodes, held_out = training_episodes(*args)
@@ -267,19 +274,20 @@ def test_rollouts_start_in_tasks_that_exploration_solved_where_there_are_any(in_
             e.success[-1] = e.source == "expert" or e.task == solved
         return episodes, held_out
     monkeypatch.setattr(data, "training_episodes", with_success)
-    monkeypatch.setattr(ppo_loop, "start_observation", lambda episodes, *args: started.update(e.task for e in episodes) or start_observation(episodes, *args))
+    monkeypatch.setattr(ppo_loop, "start_frame", lambda episode, *args: started.add(episode.task) or start_frame(episode, *args))
     in_smoke_run(iterations=1, starts=8, rollouts=2)
     assert started == ({solved} if solved else {"turn_on_the_stove", "put_the_bowl_on_the_stove"})
 
 
 def test_rollouts_start_from_first_frames_or_within_reach_of_a_success():
     episodes = [make_episode(T=40, seed=i, index=i, success_from=33) for i in range(4)] + [make_episode(T=40, seed=4, index=4, success_from=3)]
-    cfg, rng = ppo_loop.Config(tasks="goal:7", horizon=0.1, keyframe_starts=0), np.random.default_rng(0)
-    first = ppo_loop.start_observation(episodes, cfg, rng, "cpu")
-    assert first["horizon"] == 30 and all(np.array_equal(frame, e.frames[0]) for frame, e in zip(first["frames"], episodes))
+    cfg, rng = ppo_loop.Config(tasks="goal:7", keyframe_starts=0), np.random.default_rng(0)
+    observe = lambda cfg: ppo_loop.start_observation([(e, ppo_loop.start_frame(e, cfg, rng)) for e in episodes], 15, "cpu")
+    first = observe(cfg)
+    assert all(np.array_equal(frame, e.frames[0]) for frame, e in zip(first["frames"], episodes))
     seen, early = set(), set()
     for _ in range(60):
-        start = ppo_loop.start_observation(episodes, dataclasses.replace(cfg, keyframe_starts=15), rng, "cpu")
+        start = observe(dataclasses.replace(cfg, keyframe_starts=15))
         for frame, proprio, e in zip(start["frames"].numpy(), start["proprio"].numpy(), episodes):
             at = next(i for i in range(len(e.frames)) if np.array_equal(frame, e.frames[i]))
             assert np.array_equal(proprio, e.proprio[e.frame_steps[at]]) and start["horizon"] == 15
@@ -291,7 +299,7 @@ def test_rollouts_start_from_first_frames_or_within_reach_of_a_success():
 
 
 def test_short_rollouts_start_on_the_way_to_a_success_each_task_as_often(in_smoke_run, monkeypatch):
-    training_episodes, start_observation, started = data.training_episodes, ppo_loop.start_observation, []
+    training_episodes, start_frame, started = data.training_episodes, ppo_loop.start_frame, []
 
     def with_success(*args):
         episodes, held_out = training_episodes(*args)
@@ -301,7 +309,7 @@ def test_short_rollouts_start_on_the_way_to_a_success_each_task_as_often(in_smok
             e.success[:-1], e.success[-1] = False, e.source == "expert" or id(e) in solved
         return stove * 4 + bowl, held_out
     monkeypatch.setattr(data, "training_episodes", with_success)
-    monkeypatch.setattr(ppo_loop, "start_observation", lambda episodes, *args: started.extend(episodes) or start_observation(episodes, *args))
+    monkeypatch.setattr(ppo_loop, "start_frame", lambda episode, *args: started.append(episode) or start_frame(episode, *args))
     monkeypatch.setattr(ppo_loop, "imagine", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         in_smoke_run(starts=200, micro_starts=200)
