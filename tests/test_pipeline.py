@@ -510,7 +510,7 @@ def test_a_loop_that_was_killed_remembers_its_best_policy(with_real_success, mon
     log = data.log
     monkeypatch.setattr(data, "log", lambda run, script, step, metrics: kill() if (script, step) == ("ppo_loop", 2) else log(run, script, step, metrics))
     with pytest.raises(KeyboardInterrupt):
-        with_real_success([10, 14], 3)
+        with_real_success([10, 14, 13], 3)  # after the second look, before that iteration is saved
     monkeypatch.setattr(data, "log", log)
     assert same(with_real_success([13, 12], 3), with_real_success([], 1, 0, "one"))
 
