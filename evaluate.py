@@ -106,8 +106,7 @@ def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None
     """Roll `policy` in `env` -> record and, exploring, the Episode, else its frames.
     `judge(frames (T, 3, H, W) so far, step) -> p_success, stop` ends it with `--stop reflector`; `start(env)` is in place of the reset."""
     torch.manual_seed(cfg.seed * 1_000_003 + (init_index if seed is None else seed))
-    exploring = explore_scale is not None
-    policy.noise_scale = explore_scale or 1.0
+    exploring, policy.noise_scale = explore_scale is not None, explore_scale or 1.0
     max_steps = int(env.task.max_steps * cfg.explore_horizon) if exploring else cfg.max_steps or env.task.max_steps
     obs = start(env) if start else env.reset(init_index, seed)
     frames, frame_steps, proprio, actions, states, sampled = [obs["frames"]], [0], [env.proprio()], [], [env.state()], []

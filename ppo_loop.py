@@ -242,7 +242,7 @@ def train(cfg: Config):
                                            reflector_script.load_reflector(run / "reflector.pt", device))
     kinds = ("expert", "explore")[:1 + cfg.explore] if imagined else ("explore",)  # no state tells where a demonstration's fixtures were
     starts, _ = data.training_episodes(cfg, policy.cfg.image_size, policy.cfg.demos_per_task, kinds)
-    solved = {e.task for e in starts if e.source == "explore" and e.success.any()}  # elsewhere a reward would be the reflector's error
+    solved = {e.task for e in starts if e.source == "explore" and e.success.any()}  # elsewhere an imagined reward would be an error
     starts = [e for e in starts if e.task in solved and (e.success.any() or not cfg.keyframe_starts)] or starts
     horizon = cfg.keyframe_starts or int(cfg.horizon * max(task.max_steps for task in data.parse_tasks(cfg.tasks)))
     tasks = [e.task for e in starts]
