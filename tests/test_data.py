@@ -767,6 +767,23 @@ def test_gripper_sign_minus_opens_plus_closes(env):
     assert closed < 0.02 and width() > 0.07
 
 
+def test_a_control_step_is_robosuites_to_rounding(env):
+    """Kinematics once per substep instead of three times; a mistake in torques, fingers or their order shows in the first step."""
+    actions = np.random.default_rng(0).uniform(-1, 1, (10, 7))
+
+    def play(step):
+        start = env.reset(0) and env.state()
+        return start, [(step(a), env.state(), env.sim.data.ctrl.copy(), env.proprio()) for a in actions]
+
+    (start, stock), (again, ours) = play(lambda a: env.env.step(a)[2]), play(lambda a: env.step_chunk(a[None], render=False)[1][0])
+    np.testing.assert_array_equal(again, start)
+    for expected, got in zip(stock, ours):
+        for a, b in zip(expected, got):
+            np.testing.assert_allclose(b, a, rtol=0, atol=1e-6)
+    assert np.abs(ours[0][1] - stock[0][1]).max() < 1e-12 < 1e-2 < np.abs(stock[-1][1] - start).max()
+    assert env.env.robots[0].controller.sim is env.sim  # else the next reset would read stale kinematics
+
+
 def test_reset_waits_until_the_objects_have_settled(env):
     moved = lambda: np.abs(env.state()[1:1 + env.sim.model.nq] - before[1:1 + env.sim.model.nq])[9:].max()
     env.reset(0)
