@@ -147,14 +147,14 @@ def run_episode(env, policy, cfg: Config, init_index=None, seed=None, judge=None
 
 
 _cached_policy, _cached_reflector = functools.lru_cache(2)(load_policy), functools.lru_cache(1)(load_reflector)
-_cached_env = {}  # the one environment a worker keeps open; each takes over a gigabyte
+_pool = functools.lru_cache(1)(lambda workers: data.process_pool(workers))  # that of rollouts, from one iteration to the next
+_cached_env = {}  # the environments a worker keeps open; the first takes nearly two gigabytes, every other one 0.7
 
 
-def _open_env(*key):  # task, image_size, wrist
+def _open_env(*key, kept=1):  # task, image_size, wrist
     if key not in _cached_env:
-        for env in _cached_env.values():
-            env.close()
-        _cached_env.clear()
+        while len(_cached_env) >= kept:
+            _cached_env.pop(next(iter(_cached_env))).close()
         try:
             _cached_env[key] = data.LiberoEnv(*key)
         except FileNotFoundError as error:  # LIBERO-PRO registers suites whose models were never published
@@ -178,12 +178,12 @@ def _episode_job(cfg, policy_path, task, index, out):
     return record
 
 
-def run_jobs(cfg: Config, jobs, work=None):
-    """`work` or `_episode_job` (cfg, *job) in simulator processes -> (job, record) as they end; an error drops those that are queued."""
-    success = []
-    with data.process_pool(min(cfg.workers, len(jobs))) as pool, tqdm(total=len(jobs), unit="episode", mininterval=2) as bar:
+def run_jobs(cfg: Config, jobs, work=None, pool=None):
+    """`work` or `_episode_job` (cfg, *job) in processes, `pool`'s or new ones -> (job, record) as they end; an error drops the queued."""
+    success, futures, pool = [], {}, contextlib.nullcontext(pool) if pool else data.process_pool(min(cfg.workers, len(jobs)))
+    with pool as pool, tqdm(total=len(jobs), unit="episode", mininterval=2) as bar:
         try:
-            futures = {pool.submit(work or _episode_job, cfg, *job): job for job in jobs}
+            futures.update((pool.submit(work or _episode_job, cfg, *job), job) for job in jobs)
             for future in as_completed(futures):
                 success.append(future.result()["success"])
                 yield futures[future], future.result()
@@ -193,7 +193,8 @@ def run_jobs(cfg: Config, jobs, work=None):
             raise data.UserError("a simulator process was killed, perhaps for want of memory: each takes over a gigabyte; "
                                  "run the same command again with --workers 1, finished episodes are kept") from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
 
 
 def checked_tasks(cfg: Config) -> list[data.Task]:
@@ -275,8 +276,7 @@ def evaluate_policy(policies, cfg: Config) -> dict:
 
 def summary(table, cfg: Config) -> dict:
     """What a result must carry: counts, intervals, the protocol, versions, hardware."""
-    tasks = data.parse_tasks(cfg.tasks)
-    out = dict(protocol=dict(stop=cfg.stop, max_steps=[cfg.max_steps or t.max_steps for t in tasks], seed=cfg.seed,
+    out = dict(protocol=dict(stop=cfg.stop, max_steps=[cfg.max_steps or t.max_steps for t in data.parse_tasks(cfg.tasks)], seed=cfg.seed,
                              settle_steps=data.SETTLE_STEPS, init_states=list(range(cfg.first_state, cfg.first_state + cfg.episodes)),
                              actions="sampled" if cfg.sample else "deterministic"),
                versions=data.versions(), git_commit=data.beside("git_commit")(), hardware=f"{os.cpu_count()} CPU cores, "
@@ -290,6 +290,7 @@ def summary(table, cfg: Config) -> dict:
 
 def compare(before, after, cfg: Config) -> dict:
     """Two policies on the same official initial states -> `summary`, the paired difference, and what real data training used."""
+    _pool.cache_clear()  # LOOP's simulators have done their work
     table = evaluate_policy([str(before), str(after)], cfg)
     outcomes = [[s for row in rows.values() for s in row["success"]] for rows in table.values()]
     run, tasks = data.run_dir(cfg), data.parse_tasks(cfg.tasks)
@@ -329,7 +330,7 @@ def keep_best(best, policy, iteration, cfg):
 def _rollouts_job(cfg, policy_path, task, episode, frame, seed):
     """Runs in a worker: noisy rollouts from a frame of an exploration episode -> their records with what `ppo_loop.Rollouts` holds."""
     policy, start = _cached_policy(policy_path), lambda env: data.beside("resume_at")(env, episode, episode.frame_steps[frame])
-    env, records = _open_env(task, policy.cfg.image_size, policy.cfg.cameras == 2), []
+    env, records = _open_env(task, policy.cfg.image_size, policy.cfg.cameras == 2, kept=5), []
     cfg = dataclasses.replace(cfg, explore_horizon=(cfg.max_steps + 0.5) / task.max_steps)
     for n in range(cfg.episodes):
         record, after = run_episode(env, policy, dataclasses.replace(cfg, seed=n), seed=seed, explore_scale=cfg.noise_scale[0], start=start)
@@ -345,7 +346,7 @@ def rollouts(policy, starts, horizon, first, cfg):
     tasks, first = {task.name: task for task in data.parse_tasks(cfg.tasks)}, first + STRIDE * (1 + cfg.seed)
     with candidate(policy) as path:  # by task, because a simulator takes seconds to build
         jobs = sorted([(path, tasks[e.task], e, frame, seed) for seed, (e, frame) in enumerate(starts, first)], key=lambda job: job[1].name)
-        finished = {job[-1]: done["records"] for job, done in run_jobs(settings, jobs, _rollouts_job)}
+        finished = {job[-1]: done["records"] for job, done in run_jobs(settings, jobs, _rollouts_job, _pool(settings.workers))}
     return [record for seed in sorted(finished) for record in finished[seed]]
 
 

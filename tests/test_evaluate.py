@@ -279,11 +279,12 @@ def test_every_iteration_and_every_loop_has_noise_of_its_own(monkeypatch):
     """Jobs come task by task, because a simulator takes seconds to build, records in the order of the starts."""
     sent = []
 
-    def run_jobs(cfg, jobs, work):
+    def run_jobs(cfg, jobs, work, pool):
         sent.extend((job[1].index, cfg.max_steps, cfg.noise_scale) for job in jobs)
         return [(job, dict(records=[(job[2].task, *job[3:], n) for n in range(cfg.episodes)])) for job in reversed(jobs)]
     monkeypatch.setattr(evaluate, "candidate", lambda policy: contextlib.nullcontext("policy_candidate.pt"))
     monkeypatch.setattr(evaluate, "run_jobs", run_jobs)
+    monkeypatch.setattr(evaluate, "_pool", lambda workers: None)
     bowl, stove = (SimpleNamespace(task=task.name) for task in data.parse_tasks("goal:1,7"))
     loop = lambda seed, first: [record[1:] for record in evaluate.rollouts(ScriptedPolicy(), [(stove, 5), (bowl, 2), (stove, 0)], 90, first, SimpleNamespace(
         preset="tiny", tasks="goal:1,7", noise_scale=3.0, rollouts=2, seed=seed))]
@@ -344,6 +345,31 @@ def test_an_error_is_told_before_the_queued_episodes_run(monkeypatch):
     monkeypatch.setattr(evaluate, "_episode_job", lambda cfg, number: (_ for _ in ()).throw(BrokenExecutor("died")))
     with pytest.raises(data.UserError, match="simulator process was killed.*--workers 1"):
         list(evaluate.run_jobs(evaluate.Config(workers=1), [(0,)]))
+
+
+def test_the_simulators_of_rollouts_stay_open_from_one_iteration_to_the_next(monkeypatch):
+    def job(cfg, number):
+        begun.append(number)
+        time.sleep(0.05)
+        if number == 1:
+            raise data.UserError("no such thing")
+        return dict(success=True)
+
+    begun, cfg = [], evaluate.Config(workers=1)
+    with ThreadPoolExecutor(1) as pool:
+        assert [job for job, _ in evaluate.run_jobs(cfg, [(0,)], job, pool)] == [(0,)]
+        with pytest.raises(data.UserError, match="no such thing"):
+            list(evaluate.run_jobs(cfg, [(n,) for n in range(1, 20)], job, pool))
+        assert len(begun) <= 5  # what is queued would come before the next iteration's
+        assert [job for job, _ in evaluate.run_jobs(cfg, [(0,)], job, pool)] == [(0,)]
+    made, closed = [], []
+    monkeypatch.setattr(data, "LiberoEnv", lambda task: made.append(task) or SimpleNamespace(close=lambda: closed.append(task)))
+    monkeypatch.setattr(evaluate, "_cached_env", {})
+    for task in "abacab":
+        evaluate._open_env(task, kept=2)
+    assert made == [*"abcab"] and closed == [*"abc"]
+    evaluate._open_env("c")
+    assert made == [*"abcabc"] and closed == [*"abcab"]  # without `kept` it is the only one
 
 
 def test_a_line_cut_short_costs_that_record_only(tmp_path):
