@@ -328,7 +328,7 @@ class LiberoEnv:
         self._site, self._gripper, self.state = robot.eef_site_id, robot._ref_gripper_joint_pos_indexes, self.env.get_sim_state
         self._body = self.sim.model.body_name2id(robot.robot_model.eef_name)
         self._control_step = beside("control_step")  # robosuite's, in half the time
-        beside("draw_faster")(self.sim, mesh_grid)  # 0: LIBERO's own meshes, for checkpoints trained on them
+        beside("draw_faster")(self.sim, mesh_grid * (image_size < 224))  # that large, as published checkpoints see it: LIBERO's own
 
     def reset(self, init_index=None, seed=None) -> dict:
         """Official initial state `init_index`, or a fresh layout drawn from `seed`; then 10 settle steps -> observation."""

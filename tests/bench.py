@@ -7,7 +7,7 @@ control steps   Control steps per wall-clock second of whole LIBERO episodes (re
                 slows both.
 
 The policy is `tiny` with random weights: what a query costs does not depend on them.
-frames          Rendered frames per second of CPU time, with LIBERO's own meshes and as data.py thins them.
+frames          Rendered frames per second of CPU time and milliseconds of a control step, by LIBERO and robosuite and by data.py.
 
 imagination     Control steps per second that `tiny` imagines with all cores, in batches of 8 and 32 rollouts (16 chunks, decoded), with
                 random weights; beside it what LIBERO does on the same cores, one process each, with a render per chunk and with
@@ -153,24 +153,30 @@ def imagination(cfg: Config):
 # ---- frames per second -----------------------------------------------------------------------------------------------------
 
 def frames(cfg: Config, image_size=128, views=20):
-    """One view of one process with LIBERO's own meshes and with thinned ones: CPU time (median), and how far the pictures differ."""
-    rows = []
+    """One view of one process as LIBERO draws it and as we do, and a control step as robosuite takes it and as we do: CPU time (median),
+    and how far the pictures differ."""
+    def seconds(do):
+        took = []
+        for _ in range(views):
+            began = time.process_time()
+            do()
+            took.append(time.process_time() - began)
+        return statistics.median(took)
+
+    rows, still = [], np.array([[0, 0, 0, 0, 0, 0, -1.0]])
     for task in data.parse_tasks(cfg.frames_of):
         pictures, rates = [], []
         for grid in (0, 0.004):
             env = data.LiberoEnv(task, image_size, mesh_grid=grid)
             env.reset(0)
-            took = []
-            for _ in range(views):
-                began = time.process_time()
-                picture = env.render()
-                took.append(time.process_time() - began)
-            pictures.append(picture.astype(float))
-            rates.append(1 / statistics.median(took))
+            rates.append(1 / seconds(env.render))
+            pictures.append(env.render().astype(float))
+            steps = [seconds(step) for step in (lambda: env.env.step(still[0]), lambda: env.step_chunk(still, render=False))]
             env.close()
         difference = abs(pictures[0] - pictures[1]).mean()
-        rows.append(f"{task.suite + ':' + str(task.index):>16s} {rates[0]:10.1f} {rates[1]:10.1f} {difference:15.2f}")
-    return f"{'':16s} {'stock':>10s} {'thinned':>10s} {'difference/255':>15s}", rows
+        rows.append(f"{task.suite + ':' + str(task.index):>16s} {rates[0]:10.1f} {rates[1]:10.1f} {difference:15.2f} "
+                    f"{1000 * steps[0]:14.1f} {1000 * steps[1]:10.1f}")
+    return f"{'':16s} {'LIBERO':>10s} {'ours':>10s} {'difference/255':>15s} {'robosuite, ms':>14s} {'ours':>10s}", rows
 
 
 # ---- one iteration of LOOP -------------------------------------------------------------------------------------------------
