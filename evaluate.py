@@ -258,7 +258,7 @@ def evaluate_policy(policies, cfg: Config) -> dict:
     todo = [job for job in jobs if key(*job) not in finished]
     if todo:
         print(f"evaluating {len(todo)} episodes in LIBERO ({len(jobs) - len(todo)} already done), "
-              f"about {len(todo) * 8 / cfg.workers / 60:.0f} min")
+              f"about {len(todo) * 5 / cfg.workers / 60:.0f} min")
         for (p, task, i, _), record in run_jobs(cfg, [(*job, str(run)) for job in todo]):
             finished[key(p, task, i)] = record | dict(stamp=stamp[p])
             append_record(log, finished[key(p, task, i)])
@@ -359,7 +359,7 @@ def explore(cfg: Config):
     data.load_checkpoint(policy, "policy")
     jobs = [(task, i) for task in tasks for i in range(cfg.explore_episodes) if not (out / f"{task.name}_{i}.hdf5").exists()]
     if jobs:
-        print(f"exploring: {len(jobs)} episodes with the noisy policy, about {len(jobs) * 9 / cfg.workers / 60:.0f} min")
+        print(f"exploring: {len(jobs)} episodes with the noisy policy, about {len(jobs) * 7 / cfg.workers / 60:.0f} min")
         for _, record in run_jobs(cfg, [(policy, task, i, str(out)) for task, i in jobs]):
             data.log(run, "explore", record["seed"], {k: record[k] for k in ("steps", "success", "ever_success", "noise_scale")})
     episodes = data.load_episodes(out, tasks, kinds=("explore",))
