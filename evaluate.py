@@ -291,10 +291,9 @@ def summary(table, cfg: Config) -> dict:
 def compare(before, after, cfg: Config) -> dict:
     """Two policies on the same official initial states -> `summary`, the paired difference, and what real data training used."""
     _pool.cache_clear()  # LOOP's simulators have done their work
-    table = evaluate_policy([str(before), str(after)], cfg)
+    table, run = evaluate_policy([str(before), str(after)], cfg), data.run_dir(cfg)
     outcomes = [[s for row in rows.values() for s in row["success"]] for rows in table.values()]
-    run, tasks = data.run_dir(cfg), data.parse_tasks(cfg.tasks)
-    explored = data.load_episodes(run / "explore", tasks, kinds=("explore",)) if (run / "explore").exists() else []
+    explored = data.load_episodes(run / "explore", data.parse_tasks(cfg.tasks), kinds=("explore",)) if (run / "explore").exists() else []
     iterations = {r["step"]: r.get("real_steps", 0) for r in read_records(run / "ppo_loop.jsonl")}  # a killed one is there twice
     return summary(table, cfg) | dict(difference=paired_difference(*outcomes), exploration_episodes=len(explored),
                                       real_interactions=int(sum(len(e.actions) for e in explored) + sum(iterations.values())))

@@ -326,19 +326,20 @@ def test_noise_levels_are_mixed_by_the_number_of_the_episode(monkeypatch, tmp_pa
 
 # ---- processes -----------------------------------------------------------------------------------------------------------
 
-def test_an_error_is_told_before_the_queued_episodes_run(monkeypatch):
-    begun = []
-
+def second_fails(begun):
     def job(cfg, number):
         begun.append(number)
         time.sleep(0.05)
         if number == 1:
             raise data.UserError("no such thing")
         return dict(success=True)
+    return job
 
+
+def test_an_error_is_told_before_the_queued_episodes_run(monkeypatch):
+    begun, ended = [], []
     monkeypatch.setattr(data, "process_pool", ThreadPoolExecutor)
-    monkeypatch.setattr(evaluate, "_episode_job", job)
-    ended = []
+    monkeypatch.setattr(evaluate, "_episode_job", second_fails(begun))
     with pytest.raises(data.UserError, match="no such thing"):
         ended += [n for (n,), _ in evaluate.run_jobs(evaluate.Config(workers=1), [(n,) for n in range(20)])]
     assert len(begun) <= 4
@@ -348,14 +349,8 @@ def test_an_error_is_told_before_the_queued_episodes_run(monkeypatch):
 
 
 def test_the_simulators_of_rollouts_stay_open_from_one_iteration_to_the_next(monkeypatch):
-    def job(cfg, number):
-        begun.append(number)
-        time.sleep(0.05)
-        if number == 1:
-            raise data.UserError("no such thing")
-        return dict(success=True)
-
     begun, cfg = [], evaluate.Config(workers=1)
+    job = second_fails(begun)
     with ThreadPoolExecutor(1) as pool:
         assert [job for job, _ in evaluate.run_jobs(cfg, [(0,)], job, pool)] == [(0,)]
         with pytest.raises(data.UserError, match="no such thing"):
