@@ -7,7 +7,7 @@ The recipe of EnerVerse-AC (EVAC, arXiv 2505.09723), which World-Env builds on, 
     plane, black background, opening as brightness; and the K actions, with the change of pose each leads to, as tokens
   v-prediction, zero terminal SNR, DDIM with trailing steps; so that errors do not pile up, training adds noise to the memory, or lets
     the simulator imagine the chunks before the one that it learns from
-  proprio: an analytic step of the OSC controller plus a learned residual (`Dynamics`)
+  proprio: an analytic step of the OSC controller, corrected by what is learned (`Dynamics`)
 Chunk after chunk, the last predicted frame and proprio go back to the policy, the latents into the memory: no physics.
 Dims: B batch, K chunk_size, F frames_per_chunk, M memory, C latent channels, h w latent size, H W pixels.
 
@@ -49,7 +49,7 @@ class Config:
     latent_channels: int = 32  # C
     video_unet: bool = False  # U-Net over frames with attention to action tokens (EVAC) instead of 2-D with frames as channels
     channels: tuple[int, ...] = (64, 128)  # of the denoising U-Net, per level
-    hidden: int = 256  # width of action tokens (or their embedding) and of the proprio residual
+    hidden: int = 256  # width of action tokens (or their embedding) and of `Dynamics`
     bf16: bool = False  # run the U-Net in bfloat16 autocast; for a GPU
     memory_noise: float = 0.2  # largest standard deviation of the noise on memory latents in training
     own_chunks: int = 6  # in the end, up to so many chunks that the simulator imagined itself come before the one it learns from
@@ -60,8 +60,7 @@ class Config:
     prediction: str = "sample"  # what the U-Net outputs, in diffusers' words: sample (easy where nothing moves) or v_prediction (EVAC)
     sampling_steps: int = 1  # DDIM steps; EVAC: 27
     vae_steps: int = 0  # gradient steps of a convolutional VAE; the linear one is solved in closed form
-    dynamics_steps: int = 4000  # then gradient steps of the proprio residual, milliseconds each
-    dynamics_chunks: int = 8  # up to so many chunks in a row that it learns from, each from where its own last one ended
+    dynamics_steps: int = 6000  # then gradient steps of `Dynamics`, on single control steps, milliseconds each
     steps: int = 4500  # then gradient steps of the U-Net
     batch_size: int = 16  # B, chunks of all processes together; frames per VAE step
     lr: float = 1e-3  # AdamW, linear warm-up, cosine decay, for each of these phases
@@ -74,7 +73,7 @@ PRESETS = {
     "tiny": Config(),
     "smoke": Config(preset="smoke", demos_per_task=2, image_size=32, frames_per_chunk=2, patch=4, vae_channels=(16, 16), latent_channels=4,
                     channels=(16, 32), hidden=32, own_chunks=1, condition_dropout=0.2, warp=False, prediction="v_prediction",
-                    sampling_steps=2, vae_steps=20, dynamics_steps=20, dynamics_chunks=2, steps=20, batch_size=8, save_every=10),
+                    sampling_steps=2, vae_steps=20, dynamics_steps=20, steps=20, batch_size=8, save_every=10),
     "base": Config(preset="base", image_size=128, **EVAC | dict(vae_channels=(64, 128, 256, 256), frames_per_chunk=2),
                    channels=(128, 256, 256), hidden=512, sampling_steps=8, vae_steps=10000, steps=30000, lr=2e-4),
     "paper": Config(preset="paper", image_size=224, **EVAC | dict(pure_noise=0), pretrained="ali-vilab/text-to-video-ms-1.7b",
@@ -96,38 +95,37 @@ class Memory:  # what a batch of rollouts has seen so far
 
 
 class Dynamics(nn.Module):
-    """Proprio after each action: the OSC controller as a damped spring, plus a learned residual per chunk. Lengths in m, angles in rad.
-    The controller lags: what the arm does next depends on how fast it moves and on what it was told before."""
+    """Proprio after each action: the OSC controller as a damped spring, plus what is learned: how the spring's axes are coupled at a pose,
+    and a residual. Lengths in m, angles in rad. The controller lags: where the arm goes next depends on how fast it moves and on what it
+    was told before."""
 
     def __init__(self, chunk_size, hidden):
         super().__init__()
         self.chunk_size = chunk_size
-        self.gain = nn.Parameter(torch.tensor([[0.6] * 6 + [0.3] * 2, [0.1] * 8, [0.02] * 6 + [0.0] * 2]))
-        self.residual = nn.Sequential(nn.Linear(23 + chunk_size * 7, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                                      nn.Linear(hidden, chunk_size * 8))
-        for p in self.residual[-1].parameters():
+        self.gain = nn.Parameter(torch.tensor([[0.6 / chunk_size] * 6 + [0.3 / chunk_size] * 2, [0.1] * 8, [0.02] * 6 + [0.0] * 2]))
+        self.coupling, self.residual = (nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                                                      nn.Linear(hidden, outputs)) for inputs, outputs in ((8, 8 * 24), (32, 8)))
+        for p in (*self.coupling[-1].parameters(), *self.residual[-1].parameters()):
             nn.init.zeros_(p)
         for name in ("mean", "std", "scale"):  # of proprio, and size of its change over a chunk
             self.register_buffer(name, torch.full((8,), float(name != "mean")))
 
-    def analytic(self, proprio, velocity, previous, actions):
-        """(B, 8), (B, 8), (B, 7), (B, K, 7) -> (B, K, 8): x' = x + gain . [velocity, way to the goal of a_t, and to that of a_{t-1}]"""
+    def step(self, proprio, velocity, previous, action):
+        """(B, 8), (B, 8), (B, 7), (B, 7) -> (B, 8): x' - x = gain . [way of a chunk at this velocity, ways to the goals of a_t and a_{t-1}]
+        + learned. What goes in is bounded, lest errors feed on errors."""
+        ways = torch.stack([self.chunk_size * velocity, goal(proprio, action), goal(proprio, previous)], 1)              # (B, 3, 8)
+        ways, pose = (ways / self.scale).clamp(-10, 10), ((proprio - self.mean) / self.std).clamp(-3, 3)
+        learned = torch.einsum("b i j, b j -> b i", self.coupling(pose).unflatten(1, (8, 24)), f := ways.flatten(1))
+        return self.scale * ((self.gain * ways).sum(1) + (learned + self.residual(torch.cat([pose, f], 1))) / self.chunk_size)
+
+    def forward(self, proprio, velocity, previous, actions):
+        """(B, 8), (B, 8), (B, 7), (B, T, 7) -> (B, T, 8)"""
         path = []
         for action in actions.unbind(1):
-            velocity = (self.gain * torch.stack([velocity, goal(proprio, action), goal(proprio, previous)], 1)).sum(1)
+            velocity = self.step(proprio, velocity, previous, action)
             proprio, previous = proprio + velocity, action
             path.append(proprio)
         return torch.stack(path, 1)
-
-    def forward(self, proprio, velocity, previous, actions):
-        """(B, 8), (B, 8), (B, 7), (B, n * K, 7) -> (B, n * K, 8)"""
-        path = []
-        for chunk in actions.split(self.chunk_size, 1):
-            state = torch.cat([(proprio - self.mean) / self.std, self.chunk_size * velocity / self.scale, previous, chunk.flatten(1)], 1)
-            residual = rearrange(self.residual(state), "b (k d) -> b k d", d=8) * self.scale
-            path.append(self.analytic(proprio, velocity, previous, chunk) + residual)
-            proprio, velocity, previous = path[-1][:, -1], path[-1][:, -1] - path[-1][:, -2], chunk[:, -1]
-        return torch.cat(path, 1)
 
 
 def goal(proprio, action):
@@ -418,15 +416,13 @@ def train(cfg: Config):
     checkpoint, finished = data.resume(path, "world_sim", cfg, device)
     if finished:
         return print(f"{path} is finished ({sum(phases)} steps); delete it to train again")
-    data.require(cfg.dynamics_chunks > 0, f"got --dynamics-chunks {cfg.dynamics_chunks}, expected at least 1")
     torch.manual_seed(cfg.seed)
     episodes, held_out = data.training_episodes(cfg, cfg.image_size, cfg.demos_per_task, cfg.kinds)
     frames, rows = torch.from_numpy(np.concatenate([e.frames for e in episodes])).to(device), training_rows(episodes, cfg)
-    longest, gap = cfg.dynamics_chunks * cfg.chunk_size, cfg.chunk_size // cfg.frames_per_chunk
-    moves = [(e, t) for e in episodes for t in range(len(e.actions) - longest + 1)]
-    useless = {e.source for e in episodes} - ({e.source for e, *_ in rows} & {e.source for e, _ in moves})
-    data.require(not useless, f"no {' and no '.join(sorted(useless))} episode has {longest} actions and a frame every {gap} of them, "
-                 f"as this simulator needs; record longer ones, lower --dynamics-chunks, or evaluate.py --explore --frame-every {gap}")
+    moves, gap = [(e, t) for e in episodes for t in range(len(e.actions))], cfg.chunk_size // cfg.frames_per_chunk
+    useless = {e.source for e in episodes} - {e.source for e, *_ in rows}
+    data.require(not useless, f"no {' and no '.join(sorted(useless))} episode has {cfg.chunk_size} actions and a frame every {gap} of them, "
+                 f"as it needs; record longer ones, or evaluate.py --explore --frame-every {gap}")
     world_sim, latents, looks = WorldSim(cfg).to(device), [], (held_out or episodes)[::max(1, len(held_out or episodes) // 3)][:3]
     if cfg.pretrained and not checkpoint:
         data.beside("load_text_to_video")(world_sim)
@@ -443,8 +439,7 @@ def train(cfg: Config):
         if step == cfg.vae_steps:
             prepare(world_sim, frames, rows)
         if phase == 1:
-            length = cfg.chunk_size * rng.integers(1, cfg.dynamics_chunks + 1)
-            return world_sim.dynamics_loss(motion([moves[i] for i in rng.integers(len(moves), size=128)], length, device))
+            return world_sim.dynamics_loss(motion([moves[i] for i in rng.integers(len(moves), size=512)], 1, device))
         latents[:] = latents or [world_sim.encode(frames)]
         own = rng.integers(1 + np.ceil(cfg.own_chunks * (step - cfg.vae_steps - cfg.dynamics_steps) / cfg.steps))  # more and more
         return world_sim.loss(make_batch(rows, latents[0], cfg, rng, device, -(-cfg.batch_size // processes.num_processes), own))
