@@ -421,8 +421,8 @@ def train(cfg: Config):
     frames, rows = torch.from_numpy(np.concatenate([e.frames for e in episodes])).to(device), training_rows(episodes, cfg)
     moves, gap = [(e, t) for e in episodes for t in range(len(e.actions))], cfg.chunk_size // cfg.frames_per_chunk
     useless = {e.source for e in episodes} - {e.source for e, *_ in rows}
-    data.require(not useless, f"no {' and no '.join(sorted(useless))} episode has {cfg.chunk_size} actions and a frame every {gap} of them, "
-                 f"as it needs; record longer ones, or evaluate.py --explore --frame-every {gap}")
+    data.require(not useless, f"no {' and no '.join(sorted(useless))} episode has {cfg.chunk_size} actions and a frame every {gap} of "
+                 f"them, as it needs; record longer ones, or evaluate.py --explore --frame-every {gap}")
     world_sim, latents, looks = WorldSim(cfg).to(device), [], (held_out or episodes)[::max(1, len(held_out or episodes) // 3)][:3]
     if cfg.pretrained and not checkpoint:
         data.beside("load_text_to_video")(world_sim)
