@@ -51,15 +51,15 @@ class Config:
     explore_episodes: int = 30  # per task
     noise_scale: tuple[float, ...] = (1.0, 2.0, 3.0)  # exploration: the Laplace scale times one of these, in turn
     explore_horizon: float = 0.8  # exploration: fraction of the suite's step limit, as LOOP's rollouts
-    frame_every: int = 4  # exploration: control steps between stored frames
-    past_success: int = 16  # exploration: steps recorded past the first success
+    frame_every: int = 8  # exploration: control steps between stored frames, as the simulator's
+    past_success: int = 32  # exploration: steps recorded past the first success
     imagine: bool = False  # replay the exploration episodes in world_sim.pt and store what it imagines, for the reflector to learn from
     part: int = 0  # imagine parts of so many control steps instead, as short as LOOP's rollouts; 0: whole episodes
     report: bool = False  # measure the reality gap of world_sim.pt and reflector.pt instead
 
 
-PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", episodes=1, max_steps=16, explore_episodes=5, explore_horizon=0.08),
-           "base": Config(preset="base"), "paper": Config(preset="paper", frame_every=1)}
+PRESETS = {"tiny": Config(), "base": Config(preset="base", frame_every=4), "paper": Config(preset="paper", frame_every=1),
+           "smoke": Config(preset="smoke", episodes=1, max_steps=16, explore_episodes=5, explore_horizon=0.08, frame_every=4)}
 EXPLORE_SEED, STRIDE = 5000, 100_000  # first reset seed of exploration (demonstrations: 1000); from an episode's number to its branches'
 
 

@@ -118,7 +118,7 @@ def test_only_policy_queries_are_rendered():
 
 
 def test_exploration_goes_on_past_success_and_is_stored_aligned():
-    record, episode = run(ScriptedEnv(11), explore_scale=2.0, explore_horizon=0.9, past_success=16)
+    record, episode = run(ScriptedEnv(11), explore_scale=2.0, explore_horizon=0.9, past_success=16, frame_every=4)
     assert 11 + 16 <= len(episode.actions) < 11 + 16 + 8 and record["ever_success"]
     assert episode.frame_steps.tolist() == list(range(0, len(episode.actions) + 1, 4))
     assert (episode.frames[:, 0, 0, 0] == episode.frame_steps).all() and episode.index == 3
