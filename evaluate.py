@@ -2,7 +2,7 @@
 
   python evaluate.py --tasks goal --policy runs/goal-tiny/policy_rl.pt     # success on LIBERO's official initial states
   python evaluate.py --tasks goal --explore     # noisy SFT policy -> runs/goal-tiny/explore/*.hdf5, successes and failures
-  python evaluate.py --tasks goal --imagine     # the same episodes as the simulator imagines them -> runs/goal-tiny/imagined/
+  python evaluate.py --tasks goal --imagine     # short parts of them, as the simulator imagines them -> runs/goal-tiny/imagined/
   python evaluate.py --tasks goal --report      # simulator and reflector against held-out exploration episodes
   python evaluate.py --tasks libero_goal_swap --policy runs/goal-tiny/policy_rl.pt   # LIBERO-90 and LIBERO-PRO: any suite by name
 
@@ -53,13 +53,13 @@ class Config:
     explore_horizon: float = 0.8  # exploration: fraction of the suite's step limit, as LOOP's rollouts
     frame_every: int = 8  # exploration: control steps between stored frames, as the simulator's
     past_success: int = 32  # exploration: steps recorded past the first success
-    imagine: bool = False  # replay the exploration episodes in world_sim.pt and store what it imagines, for the reflector to learn from
-    part: int = 0  # imagine parts of so many control steps instead, as short as LOOP's rollouts; 0: whole episodes
+    imagine: bool = False  # replay exploration episodes in world_sim.pt and store what it imagines, for the reflector to learn from
+    part: int = 90  # control steps of what is replayed: parts of episodes, as short as LOOP's rollouts; 0: whole episodes
     report: bool = False  # measure the reality gap of world_sim.pt and reflector.pt instead
 
 
 PRESETS = {"tiny": Config(), "base": Config(preset="base", frame_every=4), "paper": Config(preset="paper", frame_every=1),
-           "smoke": Config(preset="smoke", episodes=1, max_steps=16, explore_episodes=5, explore_horizon=0.08, frame_every=4)}
+           "smoke": Config(preset="smoke", episodes=1, max_steps=16, explore_episodes=5, explore_horizon=0.08, frame_every=4, part=0)}
 EXPLORE_SEED, STRIDE = 5000, 100_000  # first reset seed of exploration (demonstrations: 1000); from an episode's number to its branches'
 
 

@@ -1,4 +1,4 @@
-"""What `python evaluate.py --imagine --part 90` replays: parts of episodes that look like LOOP's rollouts, for the judge to learn from."""
+"""What `python evaluate.py --imagine` replays: parts of episodes that look like LOOP's rollouts, for the judge to learn from."""
 import dataclasses
 
 import numpy as np
