@@ -376,7 +376,7 @@ def imagined_twins(world_sim, episodes):
 
 
 def imagine(cfg: Config):
-    """Store the imagined twin of every exploration episode, or of parts of it; those younger than the simulator are kept."""
+    """Store the imagined twins of parts of every exploration episode, or of it all; those younger than the simulator are kept."""
     tasks, run = data.parse_tasks(cfg.tasks), data.run_dir(cfg)
     world_sim, by_name = load_world_sim(run / "world_sim.pt"), {task.name: task for task in tasks}
     path = lambda e: run / "imagined" / f"{e.task}_{e.index}.hdf5"
